@@ -98,8 +98,12 @@ class LPCallback(Callback):
         if learn is None and self.learn is not None: self.restore()
         self.__dict__['_learn'] = learn
 
+    @property
+    def _inference(self): return self.learn.lock.locked()  # validate, predict, get_preds: fastai holds the lock, and fires before_fit and before_epoch
+
     def before_fit(self):
         "Check everything that can be wrong, before anything is changed"
+        if self._inference: return
         self.restore()
         dl = self.dls.train
         fit = _Fit(getattr(dl, 'dl', dl), self._course, lr_find=hasattr(self.learn, 'lr_finder'))  # a DistributedDL wraps its dl
@@ -129,8 +133,9 @@ class LPCallback(Callback):
 
     def before_epoch(self):
         "Decide what this epoch does; `before_train` does it, if the epoch trains"
-        if (fit := self._fit) is None: return
-        fit.epoch, fit.trained = fit.base + self.epoch, False
+        if self._inference: return
+        fit = self._fit
+        fit.epoch, fit.busy = fit.base + self.epoch, True
         fit.warm = fit.lr_find or fit.epoch < self.warmup
         fit.due = not fit.warm and ((fit.epoch-self.warmup) % self.every == 0 or self.record.pseudo is None)
 
@@ -197,17 +202,25 @@ class LPCallback(Callback):
 
     def after_train(self):
         self._in_step()
-        self._fit.trained = True
+        self._fit.busy = False
         self.learn.loss_func = unwrap_loss(self.loss_func)
 
     def before_validate(self):
-        # in a fit, training came before: if not, a run that ended in an exception left its traces
-        if self._fit is not None and not self._fit.trained: self.restore()
+        "Clear the traces of a fit that broke off, in training or in validation, before anything is evaluated"
+        if self._fit is None: return
+        if not self._inference: self._fit.busy = True
+        elif self._fit.busy: self.restore()
+
+    def after_validate(self):
+        if self._fit is not None: self._fit.busy = False
 
     def after_epoch(self):
-        if self._fit is not None and not self._fit.lr_find: self._course = self._fit.epoch+1
+        if self._inference: return
+        self._fit.busy = False
+        if not self._fit.lr_find: self._course = self._fit.epoch+1
 
-    def after_fit(self): self.restore()
+    def after_fit(self):
+        if not self._inference: self.restore()
 
     def restore(self):
         "Put back all that a fit changes (loss, order, mode of the data, metrics); harmless where nothing is to be put back"
@@ -224,7 +237,7 @@ class _Fit:
     def __init__(self, dl, base, lr_find):
         self.dl, self.base, self.lr_find = dl, base, lr_find
         self.truth = self.hard = self.frozen = None
-        self.trained = False
+        self.busy = False
 
     def freeze(self, dl):
         "Draw the order of the coming iteration of `dl`, as it would itself, and let that one iteration, and no other, use it"

@@ -26,7 +26,8 @@ def certainty(
 )->torch.Tensor: # [n] in [0, 1]
     "ω = 1 − H(ẑ)/log c of each row (Eq. 11), before any normalisation over items; 0 for a row without mass"
     Z = Z.clamp(min=0)
-    Z = Z/Z.amax(1, keepdim=True).clamp(min=torch.finfo(Z.dtype).tiny)
+    peak = Z.amax(1, keepdim=True)
+    Z = torch.where(peak > 0, Z/peak, 0)  # first by the largest entry: rows far from any label are tiny
     mass = Z.sum(1, keepdim=True)
     p = Z/mass.clamp(min=1)
     entropy = -torch.special.xlogy(p, p).sum(1)
