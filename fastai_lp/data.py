@@ -172,6 +172,7 @@ class TwoStream:
     set, an epoch draws full batches of labeled items only. A DataLoader made from it by `new` for another dataset, or
     without shuffling, is of the class it was mixed into."""
     labeled_only = False
+    _unlabeled = None  # until __init__ is done: some base classes iterate in theirs
 
     def __init__(self, dataset=None, *args,
         labeled_bs:int=None, # labeled items per batch; None: half of the batch
@@ -182,19 +183,22 @@ class TwoStream:
         self.targets = targets_of(self) if targets is None else torch.as_tensor(targets)
         if self.bs is None or not self.shuffle: raise ValueError("two streams need a training DataLoader with a batch size and shuffle=True")
         self.labeled_bs = self.bs//2 if labeled_bs is None else labeled_bs
-        self._labeled, self._unlabeled = ((self.targets*s >= o).nonzero().flatten().tolist() for s, o in ((1, 0), (-1, 1)))
-        self._pool = []
+        labeled = self.targets >= 0
+        self._labeled, self._unlabeled = (o.nonzero().flatten().tolist() for o in (labeled, ~labeled))
+        self._pool = []  # what is left of the last reshuffle of the labeled items
         if not self._unlabeled: raise ValueError(f"all {len(self.targets)} training items are labeled: {_how_to_unlabel}")
         if not self._labeled: raise ValueError(f"none of the {len(self.targets)} training items is labeled: label at least one of each class")
         if not 0 < self.labeled_bs < self.bs:
             raise ValueError(f"labeled_bs={self.labeled_bs} with a batch size of {self.bs}: expected at least 1 and fewer than the batch size")
 
     def __len__(self):
+        if self._unlabeled is None: return super().__len__()
         if self.labeled_only: return max(1, len(self._labeled)//self.bs)
         full, rest = divmod(len(self._unlabeled), self.bs-self.labeled_bs)
         return max(1, full + (rest > 0 and not self.drop_last))
 
     def get_idxs(self):
+        if self._unlabeled is None: return super().get_idxs()
         if self.labeled_only: return self._draw_labeled(len(self)*self.bs)
         unlabeled = iter(self.rng.sample(self._unlabeled, len(self._unlabeled)))
         idxs = []

@@ -1,0 +1,80 @@
+"Where the descriptor is found, and that reading it changes nothing."
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.layers import AdaptiveConcatPool2d
+from fastai.torch_core import set_seed
+from fastai.vision.learner import create_timm_model, create_vision_model
+from fastai.vision.models.xresnet import xresnet18
+from torch import nn
+from torchvision.models import resnet18
+
+from conftest import blob_learner, blob_model, blobs
+from fastai_lp.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
+
+
+@pytest.mark.parametrize('make, d', [
+    (lambda: create_vision_model(resnet18, 4, pretrained=False), 1024),
+    (lambda: create_vision_model(resnet18, 4, pretrained=False, concat_pool=False), 512),
+    (lambda: create_timm_model('resnet18', 4, pretrained=False)[0], 1024),
+    (lambda: xresnet18(n_out=4), 512),
+    (lambda: resnet18(num_classes=4), 512),
+])
+def test_descriptor_of_common_models(make, d):
+    model = make().eval()
+    module, is_input = find_descriptor(model, 4)
+    seen = []
+    hook = module.register_forward_hook(lambda m, i, o: seen.append(i[0] if is_input else o))
+    model(torch.randn(2, 3, 64, 64))
+    hook.remove()
+    assert seen[0].flatten(1).shape == (2, d)
+
+
+def test_features_of_a_layer():
+    learn = blob_learner()
+    full = extract_features(learn)
+    learn.model.eval()
+    x = blobs().x[:120]
+    torch.testing.assert_close(full.feats, F.normalize(learn.model[:4](x)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(full.logits, learn.model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extract_features(learn, layer='0').feats, F.normalize(learn.model[0](x)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extract_features(learn, layer=learn.model[2], dl=learn.dls.valid).feats, F.normalize(learn.model[:3](blobs().x[120:])), rtol=1e-4, atol=1e-5)
+
+
+def test_clean_items_although_training_augments():
+    from fastai.data.core import Datasets
+    from fastai.learner import Learner
+    from fastai.vision.augment import RandTransform
+    from conftest import Look
+    from fastai_lp.data import SemiCategorize
+    class Noise(RandTransform):
+        split_idx = 0
+        def encodes(self, x: torch.Tensor): return x + torch.randn_like(x) if x.is_floating_point() else x
+    data = blobs()
+    dsets = Datasets(range(150), [[Look(data.x), Noise()], [Look(data.labels), SemiCategorize()]], splits=[list(range(120)), list(range(120, 150))])
+    learn = Learner(dsets.semi_dataloaders(bs=16, num_workers=0, device='cpu', after_batch=[Noise()]), blob_model())
+    a, b = extract_features(learn), extract_features(learn)
+    learn.model.eval()
+    torch.testing.assert_close(a.logits, learn.model(data.x[:120]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(a.feats, b.feats)
+    x = torch.cat([b[0] for b in learn.dls.train])                                    # and training goes on augmenting
+    assert torch.cdist(x, data.x).min(1).values.min() > .1
+
+
+def test_l2_layer_keeps_parameters_optimizer_and_state():
+    learn = blob_learner()
+    learn.create_opt()
+    keys, weight = list(learn.model.state_dict()), learn.model[-1].weight
+    assert add_l2norm(learn.model, 3) is learn.model and add_l2norm(learn.model) is learn.model
+    assert isinstance(learn.model[-1], L2Linear) and learn.model[-1].weight is weight and list(learn.model.state_dict()) == keys
+    learn.fit(1, 1e-1)
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(learn.model[-1](x), F.linear(F.normalize(x), learn.model[-1].weight, learn.model[-1].bias))
+    assert find_classifier(learn.model, 3) is learn.model[-1]
+    with pytest.raises(ValueError, match='no nn.Linear'): add_l2norm(nn.Conv2d(3, 3, 3))
+
+
+def test_layer_of_a_shape_that_is_no_descriptor():
+    learn = blob_learner(model=nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Identity(), nn.Flatten(), nn.Linear(8, 3)))
+    with pytest.raises(ValueError, match='expected \\[batch, d\\]'): extract_features(learn, layer='1')
+    with pytest.raises(ValueError, match='is not in the model'): extract_features(learn, layer='head')
