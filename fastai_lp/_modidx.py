@@ -50,6 +50,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastai_lp.callback._Fit.__init__': ('callback.html#_fit.__init__', 'fastai_lp/callback.py'),
                                     'fastai_lp.callback._Fit.freeze': ('callback.html#_fit.freeze', 'fastai_lp/callback.py'),
                                     'fastai_lp.callback._Fit.thaw': ('callback.html#_fit.thaw', 'fastai_lp/callback.py'),
+                                    'fastai_lp.callback._stage': ('callback.html#_stage', 'fastai_lp/callback.py'),
                                     'fastai_lp.callback._vocab': ('callback.html#_vocab', 'fastai_lp/callback.py'),
                                     'fastai_lp.callback.truth_of': ('callback.html#truth_of', 'fastai_lp/callback.py')},
             'fastai_lp.data': { 'fastai_lp.data.DataBlock.semi_dataloaders': ('data.html#datablock.semi_dataloaders', 'fastai_lp/data.py'),

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LPRecord', 'truth_of', 'LPCallback']
 
-# %% ../nbs/13_callback.ipynb #cb9bb6e3
+# %% ../nbs/13_callback.ipynb #a4583b3a
 import time
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 
@@ -15,6 +16,7 @@ from fastcore.meta import delegates
 from fastai.callback.core import Callback, Stateful
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, ValueMetric
+from fastai.torch_core import progress_bar
 
 from .data import TwoStream, _how_to_unlabel, is_unlabeled, targets_of
 from .features import extract_features, find_descriptor
@@ -152,9 +154,10 @@ class LPCallback(Callback):
         "Lines 6–15 of Algorithm 1"
         fit, start = self._fit, time.perf_counter()
         progress = getattr(self.learn, 'progress', None)
-        found = extract_features(self.learn, self.layer, parent=getattr(progress, 'mbar', None), show=progress is not None)
+        bar = dict(parent=getattr(progress, 'mbar', None), show=progress is not None)
+        found = extract_features(self.learn, self.layer, **bar)
         extracted = time.perf_counter()
-        pseudo = self.labeler(found.feats, found.logits, fit.y)
+        with _stage(f'pseudo-labels of {len(fit.y):,} items', **bar): pseudo = self.labeler(found.feats, found.logits, fit.y)
         row = dict(epoch=fit.epoch, accuracy=None, network_accuracy=None, certainty=pseudo.certainty[~pseudo.labeled].mean().item(),
                    reached=pseudo.reached.float().mean().item(), residual=pseudo.residual, n_iter=pseudo.n_iter,
                    sec=time.perf_counter()-start, seconds=dict(features=extracted-start, **pseudo.seconds))
@@ -231,7 +234,18 @@ class LPCallback(Callback):
         self.learn.metrics = [m for m in self.learn.metrics if not (isinstance(m, ValueMetric) and m.name.startswith('lp_'))]
         self._fit = None
 
-# %% ../nbs/13_callback.ipynb #77fa7918
+# %% ../nbs/13_callback.ipynb #f809e5d4
+@contextmanager
+def _stage(comment, parent, show):
+    "A bar of a single step, for work that reports no progress of its own"
+    if show:
+        bar = progress_bar(range(1), parent=parent, leave=False)
+        bar.comment = comment
+        bar.update(0)
+    yield
+    if show: bar.update(1)
+
+
 class _Fit:
     "What an LPCallback holds during one fit"
     def __init__(self, dl, base, lr_find):

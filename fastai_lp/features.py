@@ -148,7 +148,9 @@ def extract_features(
         dl.get_idxs = lambda: idxs
         feats = logits = None
         done = 0
-        for b in progress_bar(dl, parent=parent, leave=False) if show else dl:
+        batches = progress_bar(dl, parent=parent, leave=False) if show else dl
+        if show: batches.comment = 'descriptors'
+        for b in batches:
             out = learn.model(*learn._set_device(b)[:dl.n_inp])
             v, out = F.normalize(_pooled(seen[0])), _pooled(out)
             if feats is None: feats, logits = (o.new_full((len(idxs), o.shape[1]), torch.nan) for o in (v, out))

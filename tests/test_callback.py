@@ -100,7 +100,7 @@ def test_shows_progress_with_a_bar(data, capsys):
     learn = blob_learner(data, bar=True)
     learn.fit(1, cbs=LPCallback())
     out = capsys.readouterr().out
-    assert 'lp_certainty' in out and '%' in out
+    assert 'lp_certainty' in out and 'descriptors' in out and 'pseudo-labels of 120 items' in out
 
 
 @pytest.mark.parametrize('workers', [0, 2])

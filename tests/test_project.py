@@ -1,0 +1,62 @@
+"The project's own promises: README and notebooks in step, one version, dependencies that are declared."
+import ast
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+
+import fastai_lp
+
+root = Path(__file__).resolve().parents[1]
+modules = sorted(p for p in (root/'fastai_lp').glob('*.py') if p.name != '_modidx.py')
+
+
+def test_readme_is_made_from_the_index_notebook():
+    res = subprocess.run([sys.executable, root/'.ci'/'readme.py', '--check'], capture_output=True, text=True)
+    assert res.returncode == 0, res.stderr
+
+
+def test_one_version(): assert version('fastai_lp') == fastai_lp.__version__
+
+
+def test_settings_reach_the_metadata():
+    settings = ConfigParser()
+    settings.read(root/'settings.ini')
+    names = {re.match(r'[\w-]+', o).group() for key in ('requirements', 'dev_requirements') for o in settings['DEFAULT'][key].split('\n') if o.strip()}
+    assert {re.match(r'[\w-]+', o).group() for o in requires('fastai_lp')} == names
+
+
+def test_every_import_is_declared():
+    declared = {re.match(r'[\w-]+', o).group().lower() for o in requires('fastai_lp') if 'extra ==' not in o}
+    packages = {'sklearn': 'scikit-learn', 'faiss': 'faiss-gpu', 'fastcore': 'fastai', 'PIL': 'fastai'}  # fastai brings fastcore and Pillow
+    for p in modules:
+        for node in ast.walk(ast.parse(p.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {o.split('.')[0] for o in names} - set(sys.stdlib_module_names) - {'fastai_lp'}:
+                assert packages.get(name, name).lower() in declared, f'{p.name} imports {name}'
+
+
+def test_modules_import_only_what_stands_before_them():
+    order = 'graph diffusion pseudo labelers losses data features callback models datasets experiments'.split()
+    for p in modules:
+        if p.stem not in order: continue
+        used = set(re.findall(r'^from (?:fastai_lp)?\.(\w+) import', p.read_text(), re.M))
+        assert used <= set(order[:order.index(p.stem)]), p.name
+
+
+@pytest.mark.parametrize('path', modules, ids=lambda p: p.name)
+def test_public_names_have_docstrings(path):
+    module = __import__(f'fastai_lp.{path.stem}', fromlist=['_']) if path.stem != '__init__' else fastai_lp
+    for name in getattr(module, '__all__', []):
+        o = getattr(module, name)
+        if callable(o): assert o.__doc__, f'{path.stem}.{name}'
+
+
+def test_all_gives_every_public_name():
+    from fastai_lp import all as everything
+    for name in ('LPCallback', 'propagate', 'SemiImageDataLoaders', 'SemiCategoryBlock', 'hide_labels', 'Diffusion', 'L2Linear', 'knn', 'semi_dls'):
+        assert hasattr(everything, name)
