@@ -13,6 +13,7 @@ def render():
     "The notebook as Markdown: hidden cells, outputs with HTML and the front matter left out, images by their path from the root"
     nb = nbformat.read(root/'nbs'/'index.ipynb', 4)
     nb.cells = [c for c in nb.cells if not re.search(r'^#\|\s*(hide|default_exp)\b', c.source, re.M)]
+    nb.metadata['language_info'] = {'name': 'python'}
     for c in nb.cells:
         c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
         for o in c.get('outputs', []):

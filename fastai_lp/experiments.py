@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import MaxNLocator
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import fit_one_cycle
@@ -118,11 +119,11 @@ def diffuse_digits(
 def summarize(
     runs:list, # dicts as from `train_digits` and `diffuse_digits`
 )->list: # a dict per method, in the order of the runs
-    "Mean and standard error over seeds: test error, pseudo-label accuracy, seconds per run"
+    "Mean and standard error over seeds of test error and pseudo-label accuracy; median seconds of a run"
     def mean_se(v): return [float(np.mean(v)), float(np.std(v, ddof=1)/np.sqrt(len(v))) if len(v) > 1 else None] if v else None
     return [dict(method=m, runs=len(some), error=mean_se([r['error'] for r in some]),
                  pseudo_accuracy=mean_se([r['pseudo_accuracy'] for r in some if r['pseudo_accuracy'] is not None]),
-                 seconds=mean_se([r['seconds'] for r in some])[0])
+                 seconds=float(np.median([r['seconds'] for r in some])))
             for m in dict.fromkeys(r['method'] for r in runs) if (some := [r for r in runs if r['method'] == m])]
 
 
@@ -149,7 +150,7 @@ def plot_runs(
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[1, 1.3], layout='constrained')
     for i, s in enumerate(summarize(runs)):
         dots = [100*r['error'] for r in runs if r['method'] == s['method']]
-        left.bar(i, 100*s['error'][0], yerr=100*(s['error'][1] or 0), color=COLORS[s['method']], alpha=.75, capsize=4)
+        left.bar(i, 100*s['error'][0], yerr=s['error'][1] and 100*s['error'][1], color=COLORS[s['method']], alpha=.75, capsize=4)
         left.plot([i]*len(dots), dots, 'o', color='.2', ms=3)
     left.set_xticks(range(len(summarize(runs))), [s['method'] for s in summarize(runs)])
     left.set(ylabel='test error %', title='Test error, dots: seeds')
@@ -160,6 +161,7 @@ def plot_runs(
         epochs, mean, se = [row['epoch'] for row in some[0]], acc.mean(0), acc.std(0, ddof=min(1, len(acc)-1))/np.sqrt(len(acc))
         right.plot(epochs, mean, color=COLORS[method], ls='-' if method == 'lp' else '--', label=label)
         right.fill_between(epochs, mean-se, mean+se, color=COLORS[method], alpha=.2, lw=0)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(xlabel='epoch', ylabel='accuracy %', title='Pseudo-labels of unlabeled items')
     if right.lines: right.legend()
     fig.suptitle(title)
@@ -202,7 +204,9 @@ def run_experiment(
     step('done')
     res = dict(dataset='digits', recipe=asdict(recipe), environment=environment(), seconds=time.perf_counter()-start, summary=summarize(runs), runs=runs)
     (out/'digits.json').write_text(json.dumps(res, indent=1))
-    plot_runs(runs, f'Digits, {labels} labels, {len(seeds)} seeds').savefig(out/'digits.png', dpi=150)
+    fig = plot_runs(runs, f'Digits, {labels} labels, {len(seeds)} seeds')
+    fig.savefig(out/'digits.png', dpi=150)
+    plt.close(fig)
     return res
 
 

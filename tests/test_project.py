@@ -1,15 +1,18 @@
 "The project's own promises: README and notebooks in step, one version, dependencies that are declared."
 import ast
+import json
 import re
 import subprocess
 import sys
 from configparser import ConfigParser
+from dataclasses import asdict
 from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
 
 import fastai_lp
+from fastai_lp.experiments import Recipe
 
 root = Path(__file__).resolve().parents[1]
 modules = sorted(p for p in (root/'fastai_lp').glob('*.py') if p.name != '_modidx.py')
@@ -18,6 +21,13 @@ modules = sorted(p for p in (root/'fastai_lp').glob('*.py') if p.name != '_modid
 def test_readme_is_made_from_the_index_notebook():
     res = subprocess.run([sys.executable, root/'.ci'/'readme.py', '--check'], capture_output=True, text=True)
     assert res.returncode == 0, res.stderr
+
+
+def test_table_in_readme_is_that_of_the_committed_runs():
+    from fastai_lp.experiments import summarize, to_markdown
+    res = json.loads((root/'benchmarks'/'results'/'digits.json').read_text())
+    assert summarize(res['runs']) == res['summary'] and to_markdown(res['summary']) in (root/'README.md').read_text()
+    assert res['recipe'] == asdict(Recipe()), 'the recipe has changed since the runs: run them again'
 
 
 def test_one_version(): assert version('fastai_lp') == fastai_lp.__version__
