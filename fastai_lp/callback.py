@@ -13,13 +13,13 @@ from functools import partial
 
 import torch
 from fastcore.meta import delegates
-from fastai.callback.core import Callback, Stateful
+from fastai.callback.core import Callback, CancelFitException, Stateful
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import progress_bar
 
-from .data import TwoStream, _how_to_unlabel, is_unlabeled, targets_of
-from .features import extract_features, find_descriptor
+from .data import TwoStream, is_unlabeled, targets_of, warn_of_unlabeled_validation, _how_to_unlabel
+from .features import extract_features, find_classifier, find_descriptor
 from .labelers import Diffusion
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .pseudo import check_labels
@@ -43,20 +43,24 @@ class LPRecord(Stateful):
 
     def __repr__(self): return f"LPRecord({len(self.history)} updates" + (f", last {self.history[-1]})" if self.history else ")")
 
-# %% ../nbs/13_callback.ipynb #13df1171
+# %% ../nbs/13_callback.ipynb #caddfeeb
 def truth_of(
-    truth, # int [n] in training-set order, or a function or dict of the item that gives its class (name or index)
+    truth, # class (index or name) of each item in training-set order, or a function or dict of the item (of a DataFrame: its row) that gives it
     dl, # the training DataLoader
     y:torch.Tensor, # int64 [n] the known labels, below 0 where unlabeled
     vocab=None, # class names
 )->torch.Tensor: # int64 [n], −1 where unknown
     "The true classes of all training items; a `ValueError` where they contradict a known label"
     if callable(truth) or isinstance(truth, dict):
-        o2i = getattr(vocab, 'o2i', None) or {o: i for i, o in enumerate(vocab or [])}
-        ask = truth if callable(truth) else truth.get
-        names = [ask(o) for o in dl.dataset.items]
-        truth = [-1 if is_unlabeled(o) else o2i.get(o, o) for o in names]
-    truth = torch.as_tensor(truth).as_subclass(torch.Tensor)
+        items = dl.dataset.items
+        rows = [items.iloc[i] for i in range(len(items))] if hasattr(items, 'iloc') else list(items)
+        truth = [truth(o) if callable(truth) else truth.get(o) for o in rows]
+        if all(is_unlabeled(o) for o in truth): raise ValueError(f"truth knows none of the {len(y)} training items: its keys are to be items, such as {rows[0]!r}")
+    truth = list(truth.tolist() if hasattr(truth, 'tolist') else truth)
+    o2i = {o: i for i, o in enumerate(vocab)} if vocab is not None and any(isinstance(o, str) for o in truth) else {}
+    unknown = [o for o in truth if isinstance(o, str) and o and o not in o2i]
+    if unknown: raise ValueError(f"truth names the class {unknown[0]!r}, which is not in the vocab")
+    truth = torch.tensor([-1 if is_unlabeled(o) else o2i.get(o, o) for o in truth])
     if truth.shape != y.shape: raise ValueError(f"truth has shape {tuple(truth.shape)} for {len(y)} training items: expected one class each, in training-set order")
     wrong = ((truth >= 0) & (y >= 0) & (truth != y)).nonzero().flatten().tolist()
     if wrong: raise ValueError(f"truth contradicts the known label of {len(wrong)} item(s), first {wrong[:5]}: is it in training-set order?")
@@ -72,7 +76,7 @@ class LPCallback(Callback):
     cross-entropy, no classifier in the model, graph arguments beside a `labeler`. After a fit, `learn.lp_record` (also
     `record` here) holds the pseudo-labels and the history."""
     order, run_valid = -5, False
-    _stateattrs = ('_fit',)
+    _stateattrs = ('_fit', '_data', 'truth')
 
     def __init__(self,
         labeler=None, # a strategy of `labelers`; None: `Diffusion(**graph)`. Not together with arguments of the graph
@@ -86,11 +90,12 @@ class LPCallback(Callback):
         if warmup < 0 or every < 1: raise ValueError(f"warmup={warmup}, every={every}: expected warmup >= 0 and every >= 1 epochs")
         self.labeler = Diffusion(**graph) if labeler is None else labeler
         self.warmup, self.every, self.layer, self.truth = warmup, every, layer, truth
-        self.record, self._fit, self._course = LPRecord(), None, 0
+        self.record, self._course = LPRecord(), 0  # epochs of all fits so far
+        self._fit = self._data = None
 
     def _init_state(self):
         super()._init_state()
-        self._fit = None
+        self._fit = self._data = self.truth = None
 
     # A callback given to `fit` is removed from the Learner when the fit ends, however it ends
     @property
@@ -112,24 +117,39 @@ class LPCallback(Callback):
         self._check(fit)
         self._fit = fit
         self.learn.lp_record = self.record
+        self.learn._with_events = self._watch
         if not fit.lr_find: self.learn.metrics = self.metrics + self._columns()
+
+    def _watch(self, f, event_type, *args, **kwargs):
+        "The Learner's `_with_events`; an error that ends an epoch, for which fastai has no event, restores the Learner at once"
+        try: return Learner._with_events(self.learn, f, event_type, *args, **kwargs)
+        except CancelFitException: raise
+        except BaseException:
+            if event_type == 'epoch': self.restore()
+            raise
 
     def _check(self, fit):
         learn, dl = self.learn, fit.dl
         if not isinstance(dl, DataLoader) or dl.bs is None:
             raise ValueError(f"the training DataLoader is {type(dl).__name__}: expected one of fastai's with a batch size; make it with DataLoaders.from_dsets")
+        if not hasattr(learn.dls, 'c'): raise ValueError("the DataLoaders do not say how many classes there are: set dls.c")
         y = dl.targets if isinstance(dl, TwoStream) else targets_of(dl)
+        if not isinstance(dl, TwoStream): warn_of_unlabeled_validation(learn.dls)  # two streams have been told so when they were made
         if (y >= 0).all(): raise ValueError(f"all {len(y)} training items are labeled: {_how_to_unlabel}")
         vocab = _vocab(learn.dls)
         check_labels(y, learn.dls.c, vocab)
         PseudoLabelLoss(unwrap_loss(learn.loss_func))
         find_descriptor(learn.model, learn.dls.c, self.layer)
+        if self.layer is None: find_classifier(learn.model, learn.dls.c)
         fit.y = y.to(learn.dls.device)
         if self.truth is not None: fit.truth = truth_of(self.truth, dl, y, vocab).to(fit.y.device)
 
     def _columns(self):
         "Recorder columns, which every fastai logger sees"
-        def last(key): return self.record.history[-1][key] if self.record.history else None
+        def last(key):
+            row = self.record.history[-1] if self.record.history else {}
+            if key == 'sec' and row.get('epoch') != self._fit.epoch: return 0.
+            return row.get(key, float('nan'))
         keys = ['accuracy']*(self.truth is not None) + ['certainty', 'sec']
         return [ValueMetric(partial(last, key), f'lp_{key}') for key in keys]
 
@@ -137,18 +157,19 @@ class LPCallback(Callback):
         "Decide what this epoch does; `before_train` does it, if the epoch trains"
         if self._inference: return
         fit = self._fit
-        fit.epoch, fit.busy = fit.base + self.epoch, True
+        fit.epoch = fit.base + self.epoch
         fit.warm = fit.lr_find or fit.epoch < self.warmup
-        fit.due = not fit.warm and ((fit.epoch-self.warmup) % self.every == 0 or self.record.pseudo is None)
+        fit.due = not fit.warm and ((fit.epoch-self.warmup) % self.every == 0 or not self._still_holds())
+
+    def _still_holds(self):
+        "Whether the last pseudo-labels are of this dataset with these labels"
+        p, y = self.record.pseudo, self._fit.y
+        return p is not None and self._data is self._fit.dl.dataset and torch.equal(torch.where(p.labeled, p.labels, -1), y)
 
     def before_train(self):
         "The transductive step, and everything that the epoch's batches need"
-        try:
-            if self._fit.due: self._update()
-            self._prepare()
-        except BaseException:
-            self.restore()
-            raise
+        if self._fit.due: self._update()
+        self._prepare()
 
     def _update(self):
         "Lines 6–15 of Algorithm 1"
@@ -157,6 +178,8 @@ class LPCallback(Callback):
         bar = dict(parent=getattr(progress, 'mbar', None), show=progress is not None)
         found = extract_features(self.learn, self.layer, **bar)
         extracted = time.perf_counter()
+        if found.logits.shape[1] != self.dls.c:
+            raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")
         with _stage(f'pseudo-labels of {len(fit.y):,} items', **bar): pseudo = self.labeler(found.feats, found.logits, fit.y)
         row = dict(epoch=fit.epoch, accuracy=None, network_accuracy=None, certainty=pseudo.certainty[~pseudo.labeled].mean().item(),
                    reached=pseudo.reached.float().mean().item(), residual=pseudo.residual, n_iter=pseudo.n_iter,
@@ -164,7 +187,7 @@ class LPCallback(Callback):
         if fit.truth is not None:
             asked = (fit.y < 0) & (fit.truth >= 0)
             row.update(accuracy=pseudo.accuracy(fit.truth), network_accuracy=(found.logits.argmax(1) == fit.truth)[asked].float().mean().item())
-        self.record.pseudo = pseudo
+        self.record.pseudo, self._data = pseudo, fit.dl.dataset
         self.record.history.append(row)
 
     def _prepare(self):
@@ -190,7 +213,7 @@ class LPCallback(Callback):
         self.learn.yb = (weighted_targets(labels, weights, self.dls.c),)
 
     def _in_step(self):
-        if self._fit.mismatch.item(): self._out_of_step()
+        if self._fit.mismatch is not None and self._fit.mismatch.item(): self._out_of_step()
 
     def _out_of_step(self):
         raise ValueError("the batches do not hold the items that the epoch's order names: items that skip themselves, or a DataLoader that "
@@ -205,21 +228,13 @@ class LPCallback(Callback):
 
     def after_train(self):
         self._in_step()
-        self._fit.busy = False
+        self._fit.thaw()
         self.learn.loss_func = unwrap_loss(self.loss_func)
-
-    def before_validate(self):
-        "Clear the traces of a fit that broke off, in training or in validation, before anything is evaluated"
-        if self._fit is None: return
-        if not self._inference: self._fit.busy = True
-        elif self._fit.busy: self.restore()
-
-    def after_validate(self):
-        if self._fit is not None: self._fit.busy = False
 
     def after_epoch(self):
         if self._inference: return
-        self._fit.busy = False
+        self._fit.thaw()  # an epoch that another callback cancelled has not used its order
+        self.learn.loss_func = unwrap_loss(self.loss_func)
         if not self._fit.lr_find: self._course = self._fit.epoch+1
 
     def after_fit(self):
@@ -229,6 +244,7 @@ class LPCallback(Callback):
         "Put back all that a fit changes (loss, order, mode of the data, metrics); harmless where nothing is to be put back"
         self.learn.loss_func = unwrap_loss(self.learn.loss_func)
         if self._fit is None: return
+        self.learn.__dict__.pop('_with_events', None)
         self._fit.thaw()
         if isinstance(self._fit.dl, TwoStream): self._fit.dl.labeled_only = False
         self.learn.metrics = [m for m in self.learn.metrics if not (isinstance(m, ValueMetric) and m.name.startswith('lp_'))]
@@ -250,11 +266,12 @@ class _Fit:
     "What an LPCallback holds during one fit"
     def __init__(self, dl, base, lr_find):
         self.dl, self.base, self.lr_find = dl, base, lr_find
-        self.truth = self.hard = self.frozen = None
-        self.busy = False
+        self.truth = self.hard = self.frozen = self.mismatch = None
+        self.epoch = base
 
     def freeze(self, dl):
         "Draw the order of the coming iteration of `dl`, as it would itself, and let that one iteration, and no other, use it"
+        self.thaw()
         self.frozen = dl, dl.__dict__.get('get_idxs')
         rng = copy(self.dl.rng)
         dl.randomize()

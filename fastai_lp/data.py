@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['TwoStreamDL', 'is_unlabeled', 'SemiCategorize', 'SemiCategoryBlock', 'hide_labels', 'LabeledOnlySplitter',
-           'targets_of', 'TwoStream', 'two_stream', 'semi_dls', 'FolderLabel', 'SemiImageDataLoaders']
+           'targets_of', 'TwoStream', 'two_stream', 'warn_of_unlabeled_validation', 'semi_dls', 'FolderLabel',
+           'SemiImageDataLoaders']
 
-# %% ../nbs/11_data.ipynb #3978a5ff
+# %% ../nbs/11_data.ipynb #1312d5e8
+import hashlib
 import random
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
+from copy import copy
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -77,18 +80,18 @@ def hide_labels(
 ):
     """(shown, truth): the labels with all but a few hidden, and a copy of them all for diagnostics.
 
-    A hidden label is −1 in an integer array or tensor, and None elsewhere. Raises `ValueError` where a class has fewer
+    A hidden label is −1 in an integer array or tensor (int64 then), and None elsewhere. Raises `ValueError` where a class has fewer
     than `n` items, a name of `keep` is unknown or ambiguous, or an index is out of range."""
     if (n is None) == (keep is None): raise ValueError("pass either n, the labels to keep per class, or keep, a list of them")
     values = list(labels.tolist() if hasattr(labels, 'tolist') else labels)
     kept = set(_draw_balanced(values, n, seed) if keep is None else _positions(keep, items, len(values)))
     if isinstance(labels, (np.ndarray, torch.Tensor)) and 'int' in str(labels.dtype):
-        shown = labels.clone() if isinstance(labels, torch.Tensor) else labels.copy()
+        shown = labels.long().clone() if isinstance(labels, torch.Tensor) else labels.astype(np.int64)  # unsigned ones have no −1
         shown[[i for i in range(len(shown)) if i not in kept]] = -1
     else:
         shown = [o if i in kept else None for i, o in enumerate(values)]
         if isinstance(labels, pd.Series): shown = pd.Series(shown, index=labels.index, name=labels.name, dtype=object)
-    return shown, labels.clone() if isinstance(labels, torch.Tensor) else labels.copy()
+    return shown, copy(labels) if not isinstance(labels, torch.Tensor) else labels.clone()
 
 # %% ../nbs/11_data.ipynb #cce964cb
 def _by_class(values):
@@ -106,6 +109,7 @@ def _draw_balanced(values, n, seed):
 
 
 def _positions(keep, items, n):
+    if any(isinstance(o, (bool, np.bool_)) for o in keep): raise ValueError("keep is a mask: pass indices, as np.flatnonzero(mask) gives them")
     keep = [o if isinstance(o, (str, Path)) else int(o) for o in keep]
     if not any(isinstance(o, (str, Path)) for o in keep):
         out = [o for o in keep if not 0 <= o < n]
@@ -134,7 +138,7 @@ class LabeledOnlySplitter:
 
     def __call__(self, items):
         labels = items[self.get_y].tolist() if isinstance(items, pd.DataFrame) and not callable(self.get_y) else \
-                 [self.get_y(o) for o in (items.itertuples() if isinstance(items, pd.DataFrame) else items)]
+                 [self.get_y(o) for o in ((items.iloc[i] for i in range(len(items))) if isinstance(items, pd.DataFrame) else items)]
         labeled = [i for i, o in enumerate(labels) if not is_unlabeled(o)]
         if self.splitter is not None:
             some = items.iloc[labeled] if isinstance(items, pd.DataFrame) else L(items)[labeled]
@@ -143,6 +147,7 @@ class LabeledOnlySplitter:
             rng = random.Random(self.seed)
             valid = {i for idxs in _by_class(labels).values()
                      for i in rng.sample(idxs, min(round(self.valid_pct*len(idxs)), len(idxs)-1))}
+        if not valid and self.valid_pct > 0: warnings.warn(f"no validation item: {len(labeled)} labeled items are too few to set any aside")
         return L(i for i in range(len(labels)) if i not in valid), L(sorted(valid))
 
 # %% ../nbs/11_data.ipynb #f332a709
@@ -182,7 +187,7 @@ class TwoStream:
         super().__init__(dataset, *args, **kwargs)
         self.targets = targets_of(self) if targets is None else torch.as_tensor(targets)
         if self.bs is None or not self.shuffle: raise ValueError("two streams need a training DataLoader with a batch size and shuffle=True")
-        self.labeled_bs = self.bs//2 if labeled_bs is None else labeled_bs
+        self._given_bs, self.labeled_bs = labeled_bs, self.bs//2 if labeled_bs is None else labeled_bs
         labeled = self.targets >= 0
         self._labeled, self._unlabeled = (o.nonzero().flatten().tolist() for o in (labeled, ~labeled))
         self._pool = []  # what is left of the last reshuffle of the labeled items
@@ -215,8 +220,9 @@ class TwoStream:
         return res
 
     def new(self, dataset=None, cls=None, **kwargs):
-        if (dataset is None or dataset is self.dataset) and kwargs.get('shuffle', self.shuffle):
-            kwargs = dict(labeled_bs=self.labeled_bs, targets=self.targets) | kwargs
+        shuffle = kwargs.get('shuffle', kwargs.get('shuffled', self.shuffle))  # fastai's tta writes shuffled
+        if (dataset is None or dataset is self.dataset) and shuffle:
+            kwargs = dict(labeled_bs=self._given_bs, targets=self.targets) | kwargs
         elif cls is None: cls = self._base
         return super().new(dataset=dataset, cls=cls, **kwargs)
 
@@ -240,7 +246,13 @@ def two_stream(
 
 TwoStreamDL = two_stream(TfmdDL)
 
-# %% ../nbs/11_data.ipynb #cd8155db
+# %% ../nbs/11_data.ipynb #da9f81c5
+def warn_of_unlabeled_validation(dls:DataLoaders):
+    "Warn where validation items have no label: metrics would count them as wrong"
+    unknown = sum((targets_of(o) < 0).sum().item() for o in dls.loaders[1:] if isinstance(o, DataLoader) and len(o.dataset))
+    if unknown: warnings.warn(f"{unknown} validation items are unlabeled and will count as wrong: split with LabeledOnlySplitter")
+
+
 def semi_dls(
     dls:DataLoaders, # with a shuffled training DataLoader in which some labels are missing
     labeled_bs:int=None, # labeled items per batch; None: half of the batch
@@ -250,9 +262,8 @@ def semi_dls(
     Raises `ValueError` where no training item is unlabeled, none is labeled, or `labeled_bs` does not leave room for both."""
     dl = dls.train
     if not isinstance(dl, DataLoader): raise ValueError(f"the training DataLoader is {type(dl)}: expected a fastai one; make it with DataLoaders.from_dsets")
-    if isinstance(dl, TwoStream): dl, labeled_bs = dl.new(shuffle=False), dl.labeled_bs if labeled_bs is None else labeled_bs
-    unknown = sum((targets_of(o) < 0).sum().item() for o in dls.loaders[1:] if isinstance(o, DataLoader) and len(o.dataset))
-    if unknown: warnings.warn(f"{unknown} validation items are unlabeled and will count as wrong: split with LabeledOnlySplitter")
+    if isinstance(dl, TwoStream): dl, labeled_bs = dl.new(shuffle=False), dl._given_bs if labeled_bs is None else labeled_bs
+    warn_of_unlabeled_validation(dls)
     train = dl.new(cls=two_stream(type(dl)), shuffle=True, drop_last=dls.train.drop_last, labeled_bs=labeled_bs, targets=targets_of(dl))
     return type(dls)(train, *dls.loaders[1:], path=dls.path, device=dls.device)
 
@@ -286,6 +297,15 @@ class FolderLabel:
     def __call__(self, o): return None if self.unlabeled in Path(o).parents else parent_label(o)
 
 
+def _by_name(files):
+    "Sorted so that the names of the folders decide nothing: by file name, and files of one name by what is in them"
+    names = Counter(o.name for o in files)
+    sizes = {o: o.stat().st_size if names[o.name] > 1 else 0 for o in files}
+    same = Counter((o.name, sizes[o]) for o in files)
+    def key(o): return o.name, sizes[o], hashlib.sha256(o.read_bytes()).digest() if same[o.name, sizes[o]] > 1 else b''
+    return files.sorted(key=key)
+
+
 class SemiImageDataLoaders(ImageDataLoaders):
     "`ImageDataLoaders` for images of which some are unlabeled, with two streams in training"
     @classmethod
@@ -307,7 +327,7 @@ class SemiImageDataLoaders(ImageDataLoaders):
         path = Path(path)
         get_y = FolderLabel(path/unlabeled)
         def images(d): return get_image_files(path/d).sorted() if (path/d).is_dir() else L()
-        free = images(unlabeled).sorted(key=lambda o: (o.name, o))  # so that the folders' names decide nothing
+        free = _by_name(images(unlabeled))
         if not free: raise ValueError(f"no image in {path/unlabeled}: put the unlabeled images there, or name their folder with unlabeled=")
         labeled = images(train).filter(lambda o: get_y(o) is not None)
         held_out = L() if valid_pct is not None else images(valid)

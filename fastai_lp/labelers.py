@@ -10,7 +10,7 @@ from dataclasses import dataclass, asdict
 
 import torch
 
-from .pseudo import PseudoLabels, check_labels, from_scores, propagate
+from .pseudo import PseudoLabels, check_labels, check_settings, from_scores, propagate
 
 # %% ../nbs/03_labelers.ipynb #8f3f7892
 @dataclass
@@ -27,6 +27,8 @@ class Diffusion:
     backend:str='auto' # see `graph.knn`
     index:str='auto' # see `graph.knn`
 
+    def __post_init__(self): check_settings(**asdict(self))
+
     def __call__(self,
         feats:torch.Tensor, # [n, d] descriptors
         logits:torch.Tensor, # [n, c] network outputs; only their number of classes is used
@@ -41,6 +43,8 @@ class NetworkPrediction:
     "Pseudo-labels from the network's own predictions (Eq. 1), weighted as the paper's Table 1 does"
     omega_norm:str='all' # see `pseudo.from_scores`
     zeta_norm:str='items' # see `pseudo.class_weights`
+
+    def __post_init__(self): check_settings(**asdict(self))
 
     def __call__(self,
         feats:torch.Tensor, # not used

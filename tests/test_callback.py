@@ -1,16 +1,18 @@
 "LPCallback in a Learner's life: what it does, when, and that it leaves no trace."
-import pickle
-
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.data import WeightedDL
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import *
+from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import Datasets, DataLoaders
 from fastai.data.load import SkipItemException
+from fastai.data.transforms import ColReader, IndexSplitter
 from fastai.learner import Learner, load_learner
 from fastai.optimizer import SGD
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
@@ -19,8 +21,8 @@ from torch import nn
 
 import fastai_lp.callback
 from conftest import Look, blob_learner, blob_model, blobs, flat_weights
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategorize, TwoStream, semi_dls
+from fastai_lp.callback import LPCallback, truth_of
+from fastai_lp.data import SemiCategorize, SemiCategoryBlock, semi_dls
 from fastai_lp.labelers import Diffusion, NetworkPrediction
 from fastai_lp.losses import PseudoLabelLoss
 from fastai_lp.pseudo import PseudoLabels
@@ -37,6 +39,7 @@ def graphs(monkeypatch):
 
 
 def traceless(learn):
+    assert '_with_events' not in vars(learn)
     assert type(learn.loss_func) is CrossEntropyLossFlat
     assert [m.name for m in learn.metrics] == ['accuracy']
     assert 'get_idxs' not in learn.dls.train.__dict__
@@ -217,7 +220,7 @@ def test_lr_find_builds_no_graph(learn, graphs):
     learn.add_cb(LPCallback())
     res = learn.lr_find(show_plot=False)
     assert res.valley > 0 and len(learn.recorder.lrs) > 50 and not graphs
-    assert learn.lp._course == 0
+    assert learn.lp._course == 0 and not learn.lp_record.history
     traceless(learn)
 
 
@@ -256,38 +259,56 @@ class Break(Callback):
         if self.at == 0: raise self.error
 
 
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_batch', 'before_train', 'before_epoch'])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_batch', 'before_train', 'after_train',
+                                   'before_validate', 'before_epoch', 'after_epoch'])
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('boom')])
 @pytest.mark.parametrize('permanent', [False, True])
 def test_interrupted_anywhere(event, error, permanent):
     learn = blob_learner(cbs=LPCallback() if permanent else None)
-    with E(type(error)): learn.fit(3, cbs=[Break(error, event)] + ([] if permanent else [LPCallback()]))
-    if permanent:
-        assert type(pickle.loads(pickle.dumps(learn.loss_func))) is CrossEntropyLossFlat
-        learn.validate()
+    before, loss = set(vars(learn)), learn.loss_func
+    with E(type(error)): learn.fit(3, cbs=[Break(error, event, at=2)] + ([] if permanent else [LPCallback()]))
+    assert learn.loss_func is loss and '_with_events' not in vars(learn)      # at once, whatever comes next
+    assert set(vars(learn)) - before <= {'lp_record', 'epoch', 'loss', 'train_iter', 'pct_train', 'n_iter', 'n_epoch', 'dl', 'iter', 'xb', 'yb', 'pred',
+                                         'loss_grad', 'smooth_loss', 'final_record', 'recorder'}
     traceless(learn)
     learn.fit(1, cbs=None if permanent else LPCallback())
     assert len(learn.lp_record.history) >= 1
     traceless(learn)
 
 
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'after_batch'])
-@pytest.mark.parametrize('error', [CancelBatchException(), CancelFitException()])
-def test_cancelled(event, error):
-    if event == 'after_batch' and isinstance(error, CancelBatchException): pytest.skip('fastai does not catch it there')
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_train', 'after_train', 'before_epoch'])
+@pytest.mark.parametrize('error', [CancelBatchException(), CancelTrainException(), CancelEpochException(), CancelFitException()])
+@pytest.mark.parametrize('order', [10, -7])
+def test_cancelled(event, error, order):
+    if isinstance(error, CancelBatchException) and 'batch' not in event and event not in ('after_pred', 'after_loss'): pytest.skip('not a batch')
+    if isinstance(error, CancelTrainException) and event in ('before_epoch', 'after_train'): pytest.skip('fastai does not catch it there')
     learn = blob_learner()
     learn.recorder.train_metrics = True
-    learn.fit(2, cbs=[LPCallback(), Break(error, event)])
+    stop = Break(error, event, at=2)
+    stop.order = order
+    learn.fit(4, cbs=[LPCallback(every=2), stop])
     traceless(learn)
+    orders = [learn.dls.train.get_idxs() for _ in range(2)]
+    assert orders[0] != orders[1]                                             # no order is left frozen
 
 
-def test_validating_within_a_fit(data):
-    "A callback of the user's may call validate after the training part of an epoch"
-    class Validates(Callback):
-        def after_train(self): self.learn.validate()
-    learn = blob_learner(data)
-    learn.fit(3, cbs=[LPCallback(), Validates()])
-    assert len(learn.lp_record.history) == 3
+@pytest.mark.parametrize('event', ['after_train', 'after_batch', 'before_train'])
+def test_inference_within_a_fit(data, event):
+    "A callback of the user's may evaluate in the middle of a fit"
+    class Looks(Callback):
+        order = 20
+        def look(self):
+            if self.training and not self.done:
+                self.done = True
+                self.learn.get_preds(inner=True)
+                self.learn.validate()
+                self.learn.model.train()
+                self.learn.training, self.learn.dl = True, self.dls.train
+    learn, cb = blob_learner(data), Looks()
+    cb.done = False
+    setattr(cb, event, cb.look)
+    learn.fit(3, cbs=[LPCallback(), cb])
+    assert cb.done and len(learn.lp_record.history) == 3
     traceless(learn)
 
 
@@ -344,15 +365,37 @@ def test_other_data_loaders_keep_items_and_pseudo_labels_together(data, dl_type)
 
 def test_extraction_and_frozen_order_do_not_change_the_run(data):
     "The callback draws the epoch's order as the DataLoader would, and no random number is spent"
-    class Plain(Callback):
-        def before_train(self): self.state = torch.get_rng_state()
-    a, b = blob_learner(data), blob_learner(data)
-    spies = Spy(), Spy()
-    for learn, cbs in ((a, [spies[0]]), (b, [spies[1], LPCallback()])):
-        learn.loss_func = CrossEntropyLossFlat()
-        learn.fit(2, 0., cbs=cbs)
-    for (x, _), (z, _) in zip(spies[0].seen, spies[1].seen): assert torch.equal(x, z)
-    assert len(spies[0].seen) == len(spies[1].seen)
+    class State(Callback):
+        order = 100
+        def before_fit(self): self.states = []
+        def before_batch(self):
+            if self.training: self.states.append(torch.get_rng_state())
+    runs = []
+    for cbs in ([], [LPCallback()]):
+        spy, state = Spy(), State()
+        blob_learner(data).fit(2, 0., cbs=[spy, state, *cbs])
+        runs.append((spy.seen, state.states))
+    assert len(runs[0][0]) == len(runs[1][0]) > 20
+    for (x, _), (z, _) in zip(runs[0][0], runs[1][0]): assert torch.equal(x, z)
+    for s, t in zip(runs[0][1], runs[1][1]): assert torch.equal(s, t)
+
+
+def test_pseudo_labels_of_other_data_are_not_used(data):
+    cb = LPCallback(every=5)
+    for other in (data, blobs(seed=5), blobs(n=200)): blob_learner(other).fit(1, cbs=cb)
+    assert [h['epoch'] for h in cb.record.history] == [0, 1, 2]
+    learn = blob_learner(data)
+    learn.fit(1, cbs=cb)
+    learn.fit(1, cbs=cb)
+    assert [h['epoch'] for h in cb.record.history] == [0, 1, 2, 3]           # the same data: the last ones hold
+
+
+def test_columns_of_epochs_without_an_update(data):
+    learn = blob_learner(data)
+    learn.fit(4, cbs=[LPCallback(warmup=1, every=2), SaveModelCallback(monitor='lp_certainty', fname='best')])
+    certainty, sec = zip(*[v[-2:] for v in learn.recorder.values])
+    assert certainty[0] != certainty[0] and certainty[1] == certainty[2]
+    assert [s > 0 for s in sec] == [False, True, False, True]
 
 
 # Refused before any training
@@ -360,6 +403,8 @@ def test_extraction_and_frozen_order_do_not_change_the_run(data):
 def test_mixing_a_labeler_with_graph_arguments():
     with E(ValueError, match='pass k, gamma to it'): LPCallback(NetworkPrediction(), k=5, gamma=2)
     with E(TypeError): LPCallback(neighbours=5)
+    for bad, match in ((dict(alpha=1.5), 'alpha=1.5'), (dict(warmup=-1), 'warmup=-1'), (dict(backend='zz'), "backend='zz'")):
+        with E(ValueError, match=match): LPCallback(**bad)
     assert LPCallback(k=5).labeler == Diffusion(k=5)
 
 
@@ -370,6 +415,7 @@ def test_mixing_a_labeler_with_graph_arguments():
     (dict(loss_func=nn.MSELoss()), 'need cross-entropy'),
     (dict(loss_func=nn.NLLLoss()), 'need cross-entropy'),
     (dict(model=nn.Linear(8, 5)), 'no nn.Linear with 3 outputs'),
+    (dict(model=nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))), 'no nn.Linear with 3 outputs'),
 ])
 def test_refused(change, match):
     learn = blob_learner(two_stream=False, **change)
@@ -377,6 +423,17 @@ def test_refused(change, match):
     with E(ValueError, match=match): learn.fit(1, cbs=LPCallback())
     assert torch.equal(flat_weights(learn), before) and learn.loss_func is loss and not hasattr(learn, 'lp_record')
     assert [m.name for m in learn.metrics] == ['accuracy'] and 'get_idxs' not in learn.dls.train.__dict__
+
+
+def test_more_outputs_than_classes_with_a_layer_of_ones_own(data):
+    learn = blob_learner(model=nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 5)))
+    with E(ValueError, match='5 outputs and the data 3 classes'): learn.fit(1, cbs=LPCallback(layer='0'))
+    assert type(learn.loss_func) is CrossEntropyLossFlat and [m.name for m in learn.metrics] == ['accuracy']
+
+
+def test_unlabeled_validation_items_are_warned_of(data):
+    labels = [None if i > 140 else o for i, o in enumerate(data.labels)]
+    with pytest.warns(UserWarning, match='9 validation items are unlabeled'): blob_learner(data, labels=labels, two_stream=False).fit(1, cbs=LPCallback())
 
 
 def test_an_ordinary_torch_loader_is_refused(data):
@@ -414,8 +471,22 @@ def test_truth_as_array_function_or_dict(data):
     assert len(set(runs)) == 1 and runs[0][0] > .5
 
 
+def test_truth_of_rows_of_a_dataframe(data):
+    df = pd.DataFrame(dict(i=range(150), y=pd.Series(data.labels, dtype=object), t=['abc'[t] for t in data.truth]))
+    df['y'] = [None if o is None else 'abc'[o] for o in df.y]
+    block = DataBlock(blocks=(TransformBlock, SemiCategoryBlock), get_x=ColReader('i'), get_y=ColReader('y'), splitter=IndexSplitter(range(120, 150)))
+    dls = block.semi_dataloaders(df, bs=16, num_workers=0, device='cpu')
+    acc = []
+    for truth in (lambda row: row['t'], df.t[:120], df.t[:120].tolist(), data.truth[:120]):
+        y = dls.train.targets
+        acc.append(truth_of(truth, dls.train, y, dls.vocab))
+    for a in acc: assert torch.equal(a, data.truth[:120])
+    with E(ValueError, match='class .z., which is not in the vocab'): truth_of(lambda row: 'z', dls.train, dls.train.targets, dls.vocab)
+
+
 def test_truth_must_fit_the_known_labels(data):
-    for truth, match in (((data.truth[:120]+1) % 3, 'contradicts the known label of 9'), (data.truth, 'expected one class each')):
+    for truth, match in (((data.truth[:120]+1) % 3, 'contradicts the known label of 9'), (data.truth, 'expected one class each'),
+                         ({'other': 1}, 'knows none of the 120')):
         learn = blob_learner(data)
         with E(ValueError, match=match): learn.fit(1, cbs=LPCallback(truth=truth))
         traceless(learn)

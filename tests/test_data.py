@@ -11,9 +11,10 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import ColReader, IndexSplitter, RandomSplitter
 from fastai.tabular.core import Categorify, Normalize, TabularPandas
 from fastai.data.block import CategoryBlock
+import fastai.vision.augment  # patches in tta
 from fastai.tabular.learner import tabular_learner
 
-from conftest import Look, blobs
+from conftest import Look, blob_learner, blobs
 from fastai_lp.callback import LPCallback
 from fastai_lp.data import LabeledOnlySplitter, SemiCategorize, SemiCategoryBlock, TwoStream, hide_labels, semi_dls, targets_of, two_stream
 
@@ -62,9 +63,10 @@ def test_classes_and_copies():
     assert isinstance(dl, TwoStream) and two_stream(TfmdDL) is two_stream(TfmdDL)
     assert type(dl.new(shuffle=False)) is TfmdDL and len(dl.new(shuffle=False).get_idxs()) == 100
     same = dl.new(bs=20)
-    assert type(same) is type(dl) and same.labeled_bs == 8 and same.bs == 20
+    assert type(same) is type(dl) and same.labeled_bs == 10 and same.bs == 20
     again = cloudpickle.loads(cloudpickle.dumps(dl))
     assert len(epoch(again)) == len(dl) and torch.equal(again.targets, dl.targets)
+    assert dl.new(bs=6).labeled_bs == 3
     smaller = semi_dls(dls, labeled_bs=2)
     assert smaller.train.labeled_bs == 2 and len(smaller.train) == 90//14
     assert [type(o) for o in dls.new_empty().loaders][0] is TfmdDL
@@ -108,8 +110,12 @@ def test_hide_labels():
     assert t.nonzero().numel() and (t >= 0).nonzero().flatten().tolist() == [3, 60]
     s, _ = hide_labels(['x', 'y', 'x', 'y'], n=1, seed=0)
     assert sorted(o for o in s if o) == ['x', 'y'] and s.count(None) == 2
+    for unsigned in (np.array([0, 1, 0, 1], dtype=np.uint8), torch.tensor([0, 1, 0, 1], dtype=torch.uint8)):
+        y, truth = hide_labels(unsigned, n=1)
+        assert sorted(y.tolist()) == [-1, -1, 0, 1] and truth.dtype == unsigned.dtype
+    assert hide_labels(('x', 'y'), n=1) == (['x', 'y'], ('x', 'y'))
     for kwargs, match in ((dict(n=6), 'cannot keep 6'), (dict(), 'either n'), (dict(n=1, keep=[0]), 'either n'), (dict(keep=[75]), 'outside 0 to 74'),
-                          (dict(keep=['a.png']), 'pass items='), (dict(keep=['a.png'], items=['b/a.png', 'c/a.png']), 'names 2 items')):
+                          (dict(keep=['a.png']), 'pass items='), (dict(keep=np.arange(75) < 3), 'keep is a mask'), (dict(keep=['a.png'], items=['b/a.png', 'c/a.png']), 'names 2 items')):
         with pytest.raises(ValueError, match=match): hide_labels(labels, **kwargs)
 
 
@@ -117,6 +123,21 @@ def test_labeled_only_splitter_with_another_splitter():
     labels = [i % 2 if i % 5 == 0 else None for i in range(100)]
     train, valid = LabeledOnlySplitter(labels.__getitem__, splitter=RandomSplitter(.5, seed=0))(range(100))
     assert len(valid) == 10 and all(labels[i] is not None for i in valid) and sorted(train+valid) == list(range(100))
+
+
+def test_splitter_with_a_reader_of_columns():
+    df = pd.DataFrame({'a file': range(40), 'its label': [i % 2 if i < 20 else None for i in range(40)]})
+    for get_y in (ColReader('its label'), 'its label', lambda row: row['its label']):
+        train, valid = LabeledOnlySplitter(get_y, .5, seed=0)(df)
+        assert len(valid) == 10 and max(valid) < 20
+    with pytest.warns(UserWarning, match='no validation item'): LabeledOnlySplitter('its label')(df.iloc[:2])
+
+
+def test_tta_of_training_items_is_in_order():
+    learn = blob_learner()
+    a, b = learn.tta(ds_idx=0, n=2), learn.get_preds(ds_idx=0)
+    assert len(a[0]) == 120 and torch.equal(a[1], b[1])
+    torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
 
 
 def test_tabular_with_missing_targets():

@@ -13,7 +13,7 @@ from torch import nn
 
 from conftest import blob_learner, blob_model, blobs, flat_weights
 from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategoryBlock, SemiImageDataLoaders
+from fastai_lp.data import SemiCategoryBlock, SemiImageDataLoaders, hide_labels
 
 
 def scramble(truth, known, seed=9):
@@ -54,20 +54,22 @@ def test_truth(callback, leaks):
     assert all(same(runs[0], r) for r in runs[1:]) != leaks
 
 
-@pytest.mark.parametrize('column, leaks', [('label', False), ('truth', True)])
-def test_dataframe_column(column, leaks):
-    "A column of true labels beside the one that is read; reading it instead is the planted leak"
+@pytest.mark.parametrize('leaks', [False, True])
+def test_dataframe_column(leaks):
+    "A column of all labels, hidden but for nine of each run; the planted leak keeps every second one"
     data = blobs(spread=1.5)
-    known = torch.tensor([o is not None for o in data.labels])
+    valid = np.arange(150) >= 120
+    shown = np.flatnonzero((np.arange(150) < 9) | valid)
     def run(truth):
-        df = pd.DataFrame(dict(item=range(150), label=pd.Series(data.labels, dtype=object), truth=truth.tolist(), is_valid=np.arange(150) >= 120))
-        if leaks: df['label'] = [t if k or i % 2 else None for i, (t, k) in enumerate(zip(df.truth, known))]
-        block = DataBlock(blocks=(TransformBlock, SemiCategoryBlock), get_x=ColReader('item'), get_y=ColReader('label'),
-                          splitter=ColSplitter('is_valid'))
+        df = pd.DataFrame(dict(item=range(150), truth=['abc'[t] for t in truth], is_valid=valid))
+        df['label'] = hide_labels(df.truth, keep=shown if not leaks else np.union1d(shown, np.arange(0, 150, 2)))[0]
+        block = DataBlock(blocks=(TransformBlock, SemiCategoryBlock), get_x=ColReader('item'), get_y=ColReader('label'), splitter=ColSplitter('is_valid'))
         set_seed(0, reproducible=True)
         dls = block.semi_dataloaders(df, bs=16, num_workers=0, device='cpu')
         learn = Learner(dls, nn.Sequential(Rows(data.x), *blob_model()), CrossEntropyLossFlat())
         with learn.no_bar(), learn.no_logging(): return run_of(learn, LPCallback())
+    known = torch.zeros(150, dtype=torch.bool)
+    known[shown] = True
     assert same(run(data.truth), run(scramble(data.truth, known))) != leaks
 
 
@@ -86,25 +88,24 @@ class LeakyFolderLabel:
 
 
 @pytest.mark.parametrize('leaks', [False, True])
-def test_folder_names(tmp_path, monkeypatch, leaks):
+@pytest.mark.parametrize('repeat', [False, True])
+def test_folder_names(tmp_path, monkeypatch, leaks, repeat):
+    "Images move between the folders below the unlabeled one; with `repeat` each file name stands in both, as 0001.png often does"
     if leaks: monkeypatch.setattr('fastai_lp.data.FolderLabel', LeakyFolderLabel)
     rng = np.random.default_rng(0)
-    classes = 'ab'
-    def write(path, c):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((80*(c == 'a') + rng.integers(0, 120, (16, 16, 3))).astype('uint8')).save(path)
-    for i in range(8): write(tmp_path/'train'/classes[i % 2]/f'{i}.png', classes[i % 2])
-    for i in range(8, 14): write(tmp_path/'valid'/classes[i % 2]/f'{i}.png', classes[i % 2])
-    for i in range(14, 40): write(tmp_path/'unsup'/classes[i % 2]/f'{i}.png', classes[i % 2])
-    def run():
+    images = [Image.fromarray((80*(i % 2) + rng.integers(0, 120, (16, 16, 3))).astype('uint8')) for i in range(40)]
+    def write(root, i, folder):
+        name = f'{i//2 if repeat and i >= 14 else i}.png'
+        (root/folder).mkdir(parents=True, exist_ok=True)
+        images[i].save(root/folder/name)
+    def run(root, moved):
+        for i in range(40):
+            c = 'ab'[i % 2]
+            write(root, i, f'train/{c}' if i < 8 else f'valid/{c}' if i < 14 else f"unsup/{'ba'[i % 2] if moved(i) else c}")
         set_seed(0, reproducible=True)
-        dls = SemiImageDataLoaders.from_folder(tmp_path, bs=8, num_workers=0, device='cpu')
+        dls = SemiImageDataLoaders.from_folder(root, bs=8, num_workers=0, device='cpu')
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
         learn = Learner(dls, model)
         with learn.no_bar(), learn.no_logging(): return run_of(learn, LPCallback())
-    first = run()
-    for i in range(14, 40):                                  # some images move to the other class's folder
-        if i % 3 == 0:
-            old = tmp_path/'unsup'/classes[i % 2]/f'{i}.png'
-            old.rename(tmp_path/'unsup'/classes[1 - i % 2]/f'{i}.png')
-    assert same(first, run()) != leaks
+    # where names repeat, the two images of a name change places
+    assert same(run(tmp_path/'one', lambda i: False), run(tmp_path/'two', lambda i: i//2 % 3 == 0)) != leaks

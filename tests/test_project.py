@@ -68,5 +68,5 @@ def test_public_names_have_docstrings(path):
 
 def test_all_gives_every_public_name():
     from fastai_lp import all as everything
-    for name in ('LPCallback', 'propagate', 'SemiImageDataLoaders', 'SemiCategoryBlock', 'hide_labels', 'Diffusion', 'L2Linear', 'knn', 'semi_dls'):
-        assert hasattr(everything, name)
+    for name in 'graph diffusion pseudo labelers losses data features callback models'.split():
+        for o in __import__(f'fastai_lp.{name}', fromlist=['_']).__all__: assert hasattr(everything, o), f'{name}.{o}'
