@@ -148,7 +148,7 @@ class LPCallback(Callback):
         "Recorder columns, which every fastai logger sees"
         def last(key):
             row = self.record.history[-1] if self.record.history else {}
-            if key == 'sec' and row.get('epoch') != self._fit.epoch: return 0.
+            if key == 'sec' and row.get('epoch') != getattr(self._fit, 'epoch', None): return 0.
             return row.get(key, float('nan'))
         keys = ['accuracy']*(self.truth is not None) + ['certainty', 'sec']
         return [ValueMetric(partial(last, key), f'lp_{key}') for key in keys]

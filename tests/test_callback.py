@@ -276,12 +276,16 @@ def test_interrupted_anywhere(event, error, permanent):
     traceless(learn)
 
 
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_train', 'after_train', 'before_epoch'])
-@pytest.mark.parametrize('error', [CancelBatchException(), CancelTrainException(), CancelEpochException(), CancelFitException()])
+# where fastai catches each of its exceptions
+CANCELLED = [(error(), event) for error, events in {
+    CancelBatchException: 'before_batch after_pred after_loss', CancelTrainException: 'before_batch after_pred after_loss before_train',
+    CancelEpochException: 'before_batch after_pred after_loss before_train after_train before_epoch',
+    CancelFitException: 'before_batch after_pred after_loss before_train after_train before_epoch after_epoch'}.items() for event in events.split()]
+
+
+@pytest.mark.parametrize('error, event', CANCELLED)
 @pytest.mark.parametrize('order', [10, -7])
-def test_cancelled(event, error, order):
-    if isinstance(error, CancelBatchException) and 'batch' not in event and event not in ('after_pred', 'after_loss'): pytest.skip('not a batch')
-    if isinstance(error, CancelTrainException) and event in ('before_epoch', 'after_train'): pytest.skip('fastai does not catch it there')
+def test_cancelled(error, event, order):
     learn = blob_learner()
     learn.recorder.train_metrics = True
     stop = Break(error, event, at=2)
