@@ -2,7 +2,7 @@
 
     python benchmarks/descriptor.py [--data ../shared/data/cifar10_jpeg.npz] [--seeds 3]
 
-A ResNet-18 with fastai's head, from random weights: warm-up on the labels, then a few epochs of label propagation with each
+A ResNet-18 with fastai's head, from random weights: 60 steps on the labels, then 4 epochs of label propagation with each
 descriptor. Prints pseudo-label accuracy of both descriptors of the same network, before any training and after the warm-up,
 and the test error in the end. CIFAR-10 is left out where its file is not there."""
 import argparse
@@ -37,7 +37,7 @@ def digit_images():
     return x, torch.tensor(d.truth), d.train, d.test, 2
 
 
-def cifar_images(file, n_train=2000, n_test=1000):
+def cifar_images(file, n_train=1500, n_test=500):
     with np.load(file) as f:
         f = {k: f[k] for k in f.files}
     def load(part, n):
@@ -49,7 +49,7 @@ def cifar_images(file, n_train=2000, n_test=1000):
     return x, y, np.arange(n_train), np.arange(n_train, n_train+n_test), 25
 
 
-def run(x, y, train, test, per_class, seed, warmup, epochs):
+def run(x, y, train, test, per_class, seed, steps, epochs):
     shown = hide_labels(y[train], n=per_class, seed=seed)[0]
     labels = [None]*len(y)
     for i, o in zip(train, shown): labels[i] = None if o < 0 else int(o)
@@ -57,8 +57,12 @@ def run(x, y, train, test, per_class, seed, warmup, epochs):
     res = {}
     for where in ('pooled', 'last Linear'):
         set_seed(seed)
-        dsets = Datasets(range(len(y)), [[Rows(x, TensorImage)], [Rows(labels), SemiCategorize(vocab=range(10))]], splits=[train.tolist(), test.tolist()])
-        dls = dsets.semi_dataloaders(bs=64, num_workers=0, device='cpu', after_batch=aug_transforms(do_flip=per_class > 2, max_rotate=10, max_warp=0, max_lighting=0))
+        def datasets(items):
+            return Datasets([*items, *test], [[Rows(x, TensorImage)], [Rows(labels), SemiCategorize(vocab=range(10))]],
+                            splits=[list(range(len(items))), list(range(len(items), len(items)+len(test)))])
+        args = dict(bs=64, num_workers=0, device='cpu', after_batch=aug_transforms(do_flip=per_class > 2, max_rotate=10, max_warp=0, max_lighting=0))
+        dls = datasets(train).semi_dataloaders(**args)
+        labeled = datasets(np.resize([i for i in train if labels[i] is not None], steps*64)).dataloaders(**args)
         learn = Learner(dls, create_vision_model(resnet18, 10, pretrained=False), metrics=error_rate)
         *_, before_last, classifier = learn.model[1].children()   # a Dropout, which does nothing in evaluation mode, and the last Linear
         assert classifier is find_classifier(learn.model, 10)
@@ -66,7 +70,9 @@ def run(x, y, train, test, per_class, seed, warmup, epochs):
         def pseudo_accuracy(): return propagate(extract_features(learn, layer).feats, shown).accuracy(y[train])
         with learn.no_bar(), learn.no_logging():
             row = [pseudo_accuracy()]
-            learn.fit_one_cycle(warmup, 1e-3, cbs=LPCallback(warmup=warmup))
+            learn.dls = labeled
+            learn.fit_one_cycle(1, 1e-3)
+            learn.dls = dls
             row.append(pseudo_accuracy())
             learn.fit_one_cycle(epochs, 1e-3, cbs=LPCallback(layer=layer))
             res[where] = [*row, learn.validate()[1]]
@@ -79,7 +85,7 @@ def main(data, seeds, out):
     else: print(f'{data} is not here: CIFAR-10 left out')
     table = {}
     for name, (x, y, train, test, per_class) in sets.items():
-        runs = [run(x, y, train, test, per_class, seed, warmup=40, epochs=4) for seed in range(seeds)]
+        runs = [run(x, y, train, test, per_class, seed, steps=60, epochs=4) for seed in range(seeds)]
         for where in runs[0]:
             v = 100*np.array([r[where] for r in runs])
             table[f'{name}, {where}'] = dict(mean=v.mean(0).tolist(), se=(v.std(0, ddof=1)/np.sqrt(len(v))).tolist())

@@ -12,6 +12,8 @@ from torch import nn
 
 from fastai_lp.data import SemiCategorize
 
+torch.set_num_threads(1)  # small work: more threads only wait for each other, and round differently
+
 
 class Look:
     "table[i], as a transform that can be pickled"
