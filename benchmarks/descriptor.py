@@ -2,7 +2,7 @@
 
     python benchmarks/descriptor.py [--data ../shared/data/cifar10_jpeg.npz] [--seeds 3]
 
-A ResNet-18 with fastai's head, from random weights: 60 steps on the labels, then 4 epochs of label propagation with each
+A ResNet-18 with fastai's head, from random weights: 40 steps on the labels, then 2 epochs of label propagation with each
 descriptor. Prints pseudo-label accuracy of both descriptors of the same network, before any training and after the warm-up,
 and the test error in the end. CIFAR-10 is left out where its file is not there."""
 import argparse
@@ -85,7 +85,7 @@ def main(data, seeds, out):
     else: print(f'{data} is not here: CIFAR-10 left out')
     table = {}
     for name, (x, y, train, test, per_class) in sets.items():
-        runs = [run(x, y, train, test, per_class, seed, steps=60, epochs=4) for seed in range(seeds)]
+        runs = [run(x, y, train, test, per_class, seed, steps=40, epochs=2) for seed in range(seeds)]
         for where in runs[0]:
             v = 100*np.array([r[where] for r in runs])
             table[f'{name}, {where}'] = dict(mean=v.mean(0).tolist(), se=(v.std(0, ddof=1)/np.sqrt(len(v))).tolist())

@@ -127,6 +127,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastai_lp.experiments.inductive_scores': ( 'experiments.html#inductive_scores',
                                                                                    'fastai_lp/experiments.py'),
                                        'fastai_lp.experiments.lp_train': ('experiments.html#lp_train', 'fastai_lp/experiments.py'),
+                                       'fastai_lp.experiments.one_thread': ('experiments.html#one_thread', 'fastai_lp/experiments.py'),
                                        'fastai_lp.experiments.plot_runs': ('experiments.html#plot_runs', 'fastai_lp/experiments.py'),
                                        'fastai_lp.experiments.run_experiment': ( 'experiments.html#run_experiment',
                                                                                  'fastai_lp/experiments.py'),
