@@ -44,7 +44,7 @@ class Recipe:
     stage2:int=15 # epochs on all items; `supervised` goes on with the labeled ones
     bs:int=64 # batch size
     labeled_bs:int=32 # labeled items in it
-    lr:dict=field(default_factory=lambda: dict(supervised=3e-3, network=3e-4, lp=1e-2)) # of both stages' one-cycle; each the best of 3e-4 to 3e-2 on seeds 100–107, which no result uses
+    lr:dict=field(default_factory=lambda: dict(supervised=3e-3, network=3e-4, lp=1e-2)) # of both stages' one-cycle; each the best of 1e-4 to 3e-2 on seeds 100–107, which no result uses (benchmarks/tune_digits.py)
     degrees:float=15. # augmentation: see `RandomAffine`
     scale:float=.1
     shift:float=.15
