@@ -16,6 +16,8 @@ from fastai.layers import AdaptiveConcatPool2d
 from fastai.learner import Learner
 from fastai.torch_core import get_random_states, progress_bar, set_random_states
 
+from .graph import rows_not_finite
+
 # %% ../nbs/12_features.ipynb #bafe0ec6
 def find_classifier(
     model:nn.Module, # any model
@@ -120,11 +122,6 @@ def _pooled(v):
     if v.ndim != 2: raise ValueError(f"the descriptor layer gives shape {tuple(v.shape)}: expected [batch, d] or [batch, d, height, width]")
     return v.as_subclass(torch.Tensor).float()
 
-
-def _nonfinite(v):
-    bad = (~torch.isfinite(v).all(1)).nonzero().flatten().tolist()
-    return f"{str(bad[:10])[1:-1]}" + (f", … ({len(bad)} in all)" if len(bad) > 10 else '') if bad else None
-
 # %% ../nbs/12_features.ipynb #8b58a537
 @torch.no_grad()
 def extract_features(
@@ -162,7 +159,7 @@ def extract_features(
         raise ValueError(f"{done} of {len(dl.dataset)} items came out of the training data: items that skip themselves, or a DataLoader "
                          "that does not follow get_idxs, cannot be matched with their pseudo-labels; remove the broken items first")
     for name, o in (('features', feats), ('predictions', logits)):
-        if bad := _nonfinite(o):
+        if bad := rows_not_finite(o):
             raise ValueError(f"{name} of item(s) {bad} are NaN or infinite: look at these items of the training data, "
                              "or lower the learning rate if training has diverged")
     return Features(feats, logits)
