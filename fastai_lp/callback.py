@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LPRecord', 'truth_of', 'LPCallback']
 
-# %% ../nbs/13_callback.ipynb #a4583b3a
+# %% ../nbs/13_callback.ipynb #b36fad96
 import time
+import warnings
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -22,18 +23,18 @@ from .data import TwoStream, is_unlabeled, targets_of, warn_of_unlabeled_validat
 from .features import extract_features, find_classifier, find_descriptor
 from .labelers import Diffusion
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
-from .pseudo import check_labels
+from .pseudo import advice, check_labels
 
 # %% ../nbs/13_callback.ipynb #123dd0f7
 class LPRecord(Stateful):
-    "What `LPCallback` did: the last pseudo-labels and one row of figures per update"
-    _stateattrs = ('pseudo',)  # n items long: an exported Learner does without
+    "What `LPCallback` did: the last pseudo-labels, one row of figures per update, and the truth where it was given"
+    _stateattrs = ('pseudo', 'truth')  # n items long: an exported Learner does without
 
-    def __init__(self): self.pseudo, self.history = None, []
+    def __init__(self): self.pseudo, self.truth, self.history = None, None, []
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.pseudo = None
+        self.pseudo = self.truth = None
 
     def to_df(self):
         "The history as a DataFrame, a row per update"
@@ -187,8 +188,19 @@ class LPCallback(Callback):
         if fit.truth is not None:
             asked = (fit.y < 0) & (fit.truth >= 0)
             row.update(accuracy=pseudo.accuracy(fit.truth), network_accuracy=(found.logits.argmax(1) == fit.truth)[asked].float().mean().item())
-        self.record.pseudo, self._data = pseudo, fit.dl.dataset
+        self.record.pseudo, self.record.truth, self._data = pseudo, fit.truth, fit.dl.dataset
         self.record.history.append(row)
+        self._advise(pseudo)
+
+    def _advise(self, pseudo):
+        "Warn once per fit of what looks wrong in two updates in a row, or in the last epoch"
+        fit, found = self._fit, advice(pseudo, _vocab(self.dls))
+        for what, message in found.items():
+            if fit.wrong.get(what) is True: continue
+            again = what in fit.wrong or self.epoch == self.n_epoch-1
+            fit.wrong[what] = again
+            if again: warnings.warn(f"LPCallback, epoch {fit.epoch}: {message}")
+        fit.wrong = {k: v for k, v in fit.wrong.items() if v or k in found}
 
     def _prepare(self):
         fit = self._fit
@@ -267,7 +279,7 @@ class _Fit:
     def __init__(self, dl, base, lr_find):
         self.dl, self.base, self.lr_find = dl, base, lr_find
         self.truth = self.hard = self.frozen = self.mismatch = None
-        self.epoch = base
+        self.epoch, self.wrong = base, {}  # what looks wrong: whether it has been said
 
     def freeze(self, dl):
         "Draw the order of the coming iteration of `dl`, as it would itself, and let that one iteration, and no other, use it"

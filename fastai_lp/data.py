@@ -27,6 +27,7 @@ from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize, Category, CategoryMap, ColReader, ColSplitter, get_image_files, parent_label
+from fastai.tabular.core import Tabular
 from fastai.torch_core import TensorCategory
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
@@ -61,6 +62,17 @@ class SemiCategorize(Categorize):
                            "pass vocab= to name all classes") from e
 
     def decodes(self, o): return Category('?') if o < 0 else Category(self.vocab[o])
+
+    def setups(self, to:Tabular):
+        if to.y_names: self.setups(getattr(to, 'train', to)[to.y_names[0]])
+        return self(to)
+
+    def encodes(self, to:Tabular): return self._each(to, lambda o: self.encodes(o).item())
+    def decodes(self, to:Tabular): return self._each(to, self.decodes)
+
+    def _each(self, to, f):
+        to.transform(to.y_names, lambda col: pd.Series([f(o) for o in col], index=col.index, name=col.name), all_col=False)
+        return to
 
 
 def SemiCategoryBlock(
@@ -204,15 +216,18 @@ class TwoStream:
 
     def get_idxs(self):
         if self._unlabeled is None: return super().get_idxs()
-        if self.labeled_only: return self._draw_labeled(len(self)*self.bs)
-        unlabeled = iter(self.rng.sample(self._unlabeled, len(self._unlabeled)))
+        unlabeled = iter([] if self.labeled_only else self.rng.sample(self._unlabeled, len(self._unlabeled)))
         idxs = []
         for _ in range(len(self)):
             some = list(islice(unlabeled, self.bs-self.labeled_bs))
-            # a single batch that the unlabeled items do not fill would be dropped: labeled ones fill it
-            short = self.bs-self.labeled_bs-len(some) if self.drop_last else 0
-            idxs += self._draw_labeled(self.labeled_bs + short) + some
+            # a batch that the unlabeled items do not fill, and that would be dropped, is filled with labeled ones
+            full = self.drop_last or self.labeled_only
+            idxs += self._longest_first(self._draw_labeled(self.bs-len(some) if full else self.labeled_bs) + some)
         return idxs
+
+    def _longest_first(self, batch):
+        "A text model takes the first of a batch for the longest ones, and `SortedDL` keeps its batches so"
+        return sorted(batch, key=lambda i: self.res[i], reverse=True) if 'res' in vars(self) else batch
 
     def _draw_labeled(self, n):
         while len(self._pool) < n: self._pool += self.rng.sample(self._labeled, len(self._labeled))
@@ -253,6 +268,12 @@ def warn_of_unlabeled_validation(dls:DataLoaders):
     if unknown: warnings.warn(f"{unknown} validation items are unlabeled and will count as wrong: split with LabeledOnlySplitter")
 
 
+def _skip_missing(dl):
+    "−100, which cross-entropy skips, where `TabularPandas` has −1, which is an error in `get_preds`"
+    to = dl.dataset
+    if isinstance(to, Tabular) and len(to): to.items[to.y_names[0]] = to.targ.iloc[:, 0].where(lambda y: y >= 0, -100)
+
+
 def semi_dls(
     dls:DataLoaders, # with a shuffled training DataLoader in which some labels are missing
     labeled_bs:int=None, # labeled items per batch; None: half of the batch
@@ -265,6 +286,7 @@ def semi_dls(
     if isinstance(dl, TwoStream): dl, labeled_bs = dl.new(shuffle=False), dl._given_bs if labeled_bs is None else labeled_bs
     warn_of_unlabeled_validation(dls)
     train = dl.new(cls=two_stream(type(dl)), shuffle=True, drop_last=dls.train.drop_last, labeled_bs=labeled_bs, targets=targets_of(dl))
+    for o in dls.loaders: _skip_missing(o)
     return type(dls)(train, *dls.loaders[1:], path=dls.path, device=dls.device)
 
 # %% ../nbs/11_data.ipynb #b80e2d96

@@ -107,10 +107,16 @@ def knn(
     if index != 'auto': raise ValueError(f"index={index!r} is a FAISS index: use backend='faiss' or 'auto'")
     return _knn_torch(x, k, chunk_bytes)
 
-# %% ../nbs/00_graph.ipynb #78a5c386
-def _csr(crow, col, values, n):
+# %% ../nbs/00_graph.ipynb #85028e55
+def csr(
+    crow:torch.Tensor, # int64 [n+1], where each row starts
+    col:torch.Tensor, # int64 [nnz]
+    values:torch.Tensor, # [nnz]
+    n:int, # rows and columns
+)->torch.Tensor:
+    "A square sparse CSR tensor, without the warning that torch calls this layout beta"
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='Sparse (CSR|invariant)')  # torch calls its CSR layout beta
+        warnings.filterwarnings('ignore', message='Sparse (CSR|invariant)')
         return torch.sparse_csr_tensor(crow, col, values, size=(n, n))
 
 
@@ -138,7 +144,7 @@ def affinity(
     key, inverse = torch.unique_consecutive(key, return_inverse=True)
     values = a.new_zeros(len(key)).index_add_(0, inverse, torch.cat([a, a])[where])
     crow = torch.searchsorted(key, torch.arange(n+1, device=key.device)*n)
-    return _csr(crow, key % n, values, n)
+    return csr(crow, key % n, values, n)
 
 # %% ../nbs/00_graph.ipynb #c4c8b299
 def normalize(
@@ -148,4 +154,4 @@ def normalize(
     rows, vals = _rows(W), W.values()
     degree = torch.zeros(W.shape[0], dtype=vals.dtype, device=vals.device).index_add_(0, rows, vals)
     scale = torch.where(degree > 0, degree.rsqrt(), 0)
-    return _csr(W.crow_indices(), W.col_indices(), vals*scale[rows]*scale[W.col_indices()], W.shape[0]), degree
+    return csr(W.crow_indices(), W.col_indices(), vals*scale[rows]*scale[W.col_indices()], W.shape[0]), degree

@@ -1,0 +1,550 @@
+"""Every common fastai habit with `LPCallback` in place: a function per habit, a function per way to make a Learner.
+
+Another habit is one more function under `@habit`, another Learner one more under `@learner`; `CANNOT` has the pairs that plain
+fastai refuses."""
+import math
+import subprocess
+import sys
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import total_params
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.schedule import *
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.block import DataBlock
+from fastai.data.transforms import ColReader, ColSplitter
+from fastai.interpret import ClassificationInterpretation
+from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
+from fastai.metrics import accuracy
+from fastai.tabular.core import Categorify, FillMissing, Normalize
+from fastai.tabular.data import TabularDataLoaders
+from fastai.tabular.learner import tabular_learner
+from fastai.text.data import TextBlock
+from fastai.text.learner import text_classifier_learner
+from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
+from fastai.torch_core import params, set_seed, trainable_params
+from fastai.vision.augment import Resize, aug_transforms
+from fastai.vision.learner import vision_learner
+from fastcore.basics import noop
+from torchvision.models import resnet18
+
+from conftest import blob_learner, blobs, flat_weights
+from fastai_lp.callback import LPCallback
+from fastai_lp.data import SemiCategoryBlock, SemiImageDataLoaders, semi_dls
+from fastai_lp.datasets import digits, digits_folder
+from fastai_lp.features import find_classifier
+from fastai_lp.labelers import Diffusion
+
+LEARNERS, HABITS = {}, {}
+def learner(f): return LEARNERS.setdefault(f.__name__, f)
+def habit(f): return HABITS.setdefault(f.__name__, f)
+
+
+# The Learners, and what `predict` takes of each. 60 training items, 12 of them labeled, and 24 to validate on, of three classes
+
+NAMES = np.array(['ham', 'eggs', 'spam'])
+CLASS = np.arange(84) % 3
+VALID = range(60, 84)
+
+
+def labels(hide): return [NAMES[c] if i < 12 or i in VALID or not hide else None for i, c in enumerate(CLASS)]
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    path, truth, room = digits_folder(tmp_path_factory.mktemp('images'), labels=40), digits().truth, dict(train=12, unsup=24, valid=12)
+    for f in sorted(path.rglob('*.png')):
+        part = f.relative_to(path).parts[0]
+        if truth[int(f.stem)] < 3 and room[part]: room[part] -= 1
+        else: f.unlink()
+    return path
+
+
+def image_learner(arch):
+    def make(images, hide=True, **kwargs):
+        dls = SemiImageDataLoaders.from_folder(images, item_tfms=Resize(32), batch_tfms=aug_transforms(size=32, do_flip=False), bs=16, num_workers=0, device='cpu')
+        return vision_learner(dls, arch, pretrained=False, metrics=accuracy, **kwargs), list(dls.valid_ds.items)
+    return make
+
+LEARNERS['vision_learner'] = image_learner(resnet18)
+LEARNERS['timm'] = image_learner('test_efficientnet')
+
+
+@learner
+def Learner(images, hide=True, **kwargs):
+    data = blobs()
+    return blob_learner(data, labels=data.labels if hide else data.truth.tolist(), **kwargs), list(range(120, 150))
+
+
+@cache
+def table(hide):
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(rng.normal(size=(84, 4)) + 2*CLASS[:, None], columns=list('wxyz'))
+    df.loc[5, 'w'] = np.nan
+    return df.assign(kind=rng.choice(['p', 'q'], 84), meal=pd.Series(labels(hide), dtype=object))
+
+
+@learner
+def tabular(images, hide=True, **kwargs):
+    dls = TabularDataLoaders.from_df(table(hide), procs=[Categorify, FillMissing, Normalize], cat_names=['kind'], cont_names=list('wxyz'), y_names='meal',
+                                     valid_idx=list(VALID), bs=16, device='cpu')
+    return tabular_learner(semi_dls(dls) if hide else dls, layers=[16], metrics=accuracy, **kwargs), [row for _, row in table(hide).iloc[list(VALID)].iterrows()]
+
+
+@cache
+def texts(hide):
+    rng = np.random.default_rng(0)
+    common = 'the of and to in was'.split()
+    words = dict(ham='ridge pine leaf stone'.split(), eggs='tide foam gull sail'.split(), spam='lamp desk shelf chair'.split())
+    df = pd.DataFrame(dict(text=[' '.join(rng.choice(words[NAMES[c]] + common, rng.integers(4, 40))) for c in CLASS], label=labels(hide)))
+    df['valid'] = df.index.isin(VALID)
+    block = DataBlock(blocks=(TextBlock.from_df('text', seq_len=8, min_freq=1, n_workers=0), SemiCategoryBlock), get_x=ColReader('text'),
+                      get_y=ColReader('label'), splitter=ColSplitter('valid'))
+    return df, block.datasets(df), block
+
+
+@learner
+def text_classifier(images, hide=True, **kwargs):
+    df, _, block = texts(hide)
+    dls = (block.semi_dataloaders if hide else block.dataloaders)(df, bs=16, num_workers=0, device='cpu', seq_len=8)
+    config = awd_lstm_clas_config | dict(emb_sz=12, n_hid=16, n_layers=2)
+    return text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, seq_len=8, metrics=accuracy, **kwargs), df.text[df.valid].tolist()
+
+
+class Make:
+    "Makes Learners of one kind, and looks in the end whether they are as they were"
+    def __init__(self, kind, images, path): self.kind, self.images, self.path, self.made = kind, images, path, []
+
+    def __call__(self, **kwargs):
+        set_seed(0, reproducible=True)
+        learn, self.items = LEARNERS[self.kind](self.images, path=self.path, **kwargs)
+        learn.remove_cb(ProgressCallback)
+        learn.logger = noop
+        self.made.append((learn, learn.loss_func))
+        return learn
+
+    def leaves_no_trace(self):
+        for learn, loss in self.made:
+            assert learn.loss_func is loss and learn.metrics.attrgot('name') == ['accuracy'] and '_with_events' not in vars(learn)
+            assert 'get_idxs' not in vars(learn.dls.train) and not getattr(learn.dls.train, 'labeled_only', False)
+            last = find_classifier(learn.model, learn.dls.c)
+            assert not last._forward_hooks and not last._forward_pre_hooks
+
+
+def labeled_all(learn, cb, epochs):
+    "The callback renewed the pseudo-labels of every item at these epochs"
+    p, n, y = cb.record.pseudo, len(learn.dls.train_ds), learn.dls.train.targets
+    assert learn.lp_record is cb.record and [h['epoch'] for h in cb.record.history] == list(epochs)
+    assert p.labels.shape == p.weights.shape == (n,) and p.labels.min() >= 0 and p.labels.max() < learn.dls.c
+    assert torch.isfinite(p.weights).all() and p.weights.max() > 0 and torch.isfinite(torch.tensor(learn.recorder.losses)).all()
+    assert torch.equal(p.labels[y >= 0], y[y >= 0]) and p.labeled.sum() == (y >= 0).sum() < n
+
+
+def column(learn, name): return [dict(zip(learn.recorder.metric_names[1:], v))[name] for v in learn.recorder.values]
+
+
+class Spy(Callback):
+    "What reaches the loss in training, and what comes out of it"
+    order, run_valid = 100, False
+    def before_fit(self): self.batches = []
+    def after_pred(self): self.seen = self.learn.pred.detach().clone(), self.learn.yb[0].clone()
+    def after_loss(self): self.batches.append((*self.seen, self.learn.loss.item(), self.learn.yb[0].clone()))
+
+
+def fitted(make, epochs=1):
+    "A Learner that has been trained, and keeps its callback"
+    learn = make(cbs=LPCallback())
+    learn.fit(epochs)
+    return learn
+
+
+@contextmanager
+def inference(learn):
+    "Nothing is trained, and no graph built"
+    before, history = flat_weights(learn), len(learn.lp.record.history)
+    yield
+    assert torch.equal(flat_weights(learn), before) and len(learn.lp.record.history) == history and learn.lp_record is learn.lp.record
+
+
+def shown(show):
+    "All that a person sees: the titles of the images, or the printed table"
+    plt.close('all')
+    tables = []
+    with patch('IPython.display.display', lambda o: tables.append(o.data)): show()
+    return '\n'.join(tables) + '\n'.join(ax.get_title() for i in plt.get_fignums() for ax in plt.figure(i).axes)
+
+
+# The habits: ways to train
+
+@habit
+def fit(make):
+    learn, cb = make(), LPCallback()
+    before = flat_weights(learn)
+    learn.fit(2, cbs=cb)
+    labeled_all(learn, cb, [0, 1])
+    assert not torch.equal(flat_weights(learn), before)
+    assert list(learn.recorder.metric_names) == 'epoch train_loss valid_loss accuracy lp_certainty lp_sec time'.split()
+    assert column(learn, 'lp_certainty') == [h['certainty'] for h in cb.record.history] and min(column(learn, 'lp_sec')) > 0
+
+
+@habit
+def fit_one_cycle(make):
+    learn, cb = make(), LPCallback()
+    learn.fit_one_cycle(2, 1e-3, cbs=cb)
+    labeled_all(learn, cb, [0, 1])
+    lrs = learn.recorder.lrs
+    assert len(lrs) == 2*len(learn.dls.train) and lrs[0] == pytest.approx(1e-3/25) and max(lrs) == pytest.approx(1e-3, rel=.1) and lrs[-1] < lrs[0]
+
+
+@habit
+def fine_tune(make):
+    learn, cb = make(), LPCallback(warmup=1)
+    learn.fine_tune(2, cbs=cb)
+    labeled_all(learn, cb, [1, 2])
+    assert learn.opt.frozen_idx == 0 and cb._course == 3
+
+
+@habit
+def freeze_unfreeze(make):
+    learn, cb = make(), LPCallback()
+    last = find_classifier(learn.model, learn.dls.c)
+    if learn.splitter is trainable_params:
+        learn.splitter = lambda m: [[p for p in params(m) if not any(p is q for q in params(last))], params(last)]
+    learn.freeze()
+    frozen = [p for p in learn.model.parameters() if not p.requires_grad]
+    body, head = [p.detach().clone() for p in frozen], last.weight.detach().clone()
+    learn.fit(1, cbs=cb)
+    assert all(torch.equal(p, q) for p, q in zip(frozen, body)) and not torch.equal(last.weight, head) and len(body)
+    learn.unfreeze()
+    learn.fit(1, cbs=cb)
+    labeled_all(learn, cb, [0, 1])
+    assert not all(torch.equal(p, q) for p, q in zip(frozen, body))
+
+
+@habit
+def lr_find(make):
+    learn = make(cbs=LPCallback())
+    before = flat_weights(learn)
+    found = learn.lr_find(num_it=15, show_plot=False)
+    assert 1e-7 < found.valley < 10 and torch.equal(flat_weights(learn), before) and not learn.lp.record.history
+    learn.fit(1, found.valley)
+    labeled_all(learn, learn.lp, [0])
+
+
+@habit
+def start_epoch(make):
+    learn, cb = make(), LPCallback()
+    learn.fit_one_cycle(3, 1e-3, cbs=cb, start_epoch=2)
+    labeled_all(learn, cb, [2])
+    assert len(learn.recorder.lrs) == len(learn.dls.train) and max(learn.recorder.lrs) < 1e-3
+
+
+# Precision, mixing, losses and steps
+
+def descriptors(seen):
+    def labeler(feats, logits, y):
+        seen.extend([feats, logits])
+        return Diffusion()(feats, logits, y)
+    return labeler
+
+
+def trained_in(make, amp, dtype):
+    learn, seen, dtypes = make(), [], set()
+    amp(learn)
+    cb = LPCallback(descriptors(seen))
+    def note(m, x, out):
+        if m.training: dtypes.add(out.dtype)
+    hook = find_classifier(learn.model, learn.dls.c).register_forward_hook(note)
+    learn.fit(2, cbs=cb)
+    hook.remove()
+    labeled_all(learn, cb, [0, 1])
+    assert dtypes == {dtype} and len(seen) == 4 and all(o.dtype == torch.float32 and torch.isfinite(o).all() for o in seen)
+    assert all(p.dtype == torch.float32 for p in learn.model.parameters())
+
+
+@habit
+def to_fp16(make): trained_in(make, lambda learn: learn.to_fp16(), torch.float32)  # of a CPU, fastai's autocast('cuda') asks nothing
+
+
+class OnCPU(MixedPrecision):
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+
+
+@habit
+def bf16(make): trained_in(make, lambda learn: learn.add_cb(OnCPU('bf16')), torch.bfloat16)
+
+
+def mixed(make, cb):
+    learn, lp, spy = make(), LPCallback(), Spy()
+    learn.fit(1, cbs=[lp, cb, spy])
+    labeled_all(learn, lp, [0])
+    most = lp.record.pseudo.weights.max()
+    for pred, target, loss, hard in spy.batches:
+        assert target.shape == pred.shape and target.min() >= 0 and target.sum(1).max() <= most*(1+1e-5) and math.isfinite(loss)
+        assert not hard.is_floating_point()
+    assert max((target > 0).sum(1).max() for _, target, *_ in spy.batches) == 2
+
+
+@habit
+def mixup(make): mixed(make, MixUp())
+@habit
+def cutmix(make): mixed(make, CutMix())
+
+
+@habit
+def label_smoothing(make):
+    learn, cb, spy = make(loss_func=LabelSmoothingCrossEntropyFlat()), LPCallback(), Spy()
+    learn.fit(1, cbs=[cb, spy])
+    labeled_all(learn, cb, [0])
+    smooth = LabelSmoothingCrossEntropy(reduction='none')
+    for pred, target, loss, hard in spy.batches: assert loss == pytest.approx((target.sum(1)*smooth(pred, hard.flatten().long())).mean().item(), rel=1e-4)
+
+
+class Steps(Callback):
+    order = 100
+    def before_fit(self): self.norms = []
+    def after_step(self): self.norms.append(torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm().item())
+
+
+@habit
+def gradient_accumulation(make):
+    learn, cb, steps = make(), LPCallback(), Steps()
+    learn.fit(2, cbs=[cb, GradientAccumulation(32), steps])
+    labeled_all(learn, cb, [0, 1])
+    assert len(steps.norms) == len(learn.recorder.losses)//2 > 0
+
+
+@habit
+def gradient_clip(make):
+    learn, cb, steps = make(), LPCallback(), Steps()
+    learn.fit(1, cbs=[cb, GradientClip(1e-3), steps])
+    labeled_all(learn, cb, [0])
+    assert len(steps.norms) == len(learn.dls.train) and max(steps.norms) <= 1e-3*(1+1e-4)
+
+
+# Callbacks that look at the record
+
+@habit
+def save_model(make):
+    learn, cb = make(), LPCallback()
+    learn.fit(3, 1e-2, cbs=[cb, SaveModelCallback(fname='best')])
+    labeled_all(learn, cb, [0, 1, 2])
+    best = min(column(learn, 'valid_loss'))
+    assert learn.validate()[0] == pytest.approx(best, rel=1e-4)
+    saved = torch.load(learn.path/'models'/'best.pth')
+    assert all(torch.equal(v, saved[k]) for k, v in learn.model.state_dict().items())
+
+
+@habit
+def early_stopping(make):
+    learn, cb = make(), LPCallback()
+    learn.fit(5, cbs=[cb, EarlyStoppingCallback(min_delta=100)])
+    labeled_all(learn, cb, [0, 1])
+    make.leaves_no_trace()
+    learn.fit(1, cbs=cb)
+    labeled_all(learn, cb, [0, 1, 2])
+
+
+@habit
+def reduce_lr_on_plateau(make):
+    learn, cb = make(), LPCallback()
+    learn.fit(3, 1e-3, cbs=[cb, ReduceLROnPlateau(min_delta=100)])
+    labeled_all(learn, cb, [0, 1, 2])
+    assert [learn.recorder.lrs[i*len(learn.dls.train)] for i in range(3)] == pytest.approx([1e-3, 1e-3, 1e-4])
+
+
+@habit
+def csv_logger(make):
+    learn, cb, log = make(), LPCallback(), CSVLogger()
+    learn.fit(2, cbs=[cb, log])
+    df = pd.read_csv(learn.path/'history.csv')
+    assert list(df) == list(learn.recorder.metric_names) and df.lp_certainty.tolist() == pytest.approx([h['certainty'] for h in cb.record.history])
+    assert (df.lp_sec > 0).all() and df.epoch.tolist() == [0, 1]
+
+
+@habit
+def train_metrics(make):
+    learn, cb, spy = make(), LPCallback(), Spy()
+    learn.recorder.train_metrics = True
+    learn.fit(1, cbs=[cb, spy])
+    labeled_all(learn, cb, [0])
+    right = torch.cat([(pred.argmax(1) == hard.flatten()).float() for pred, _, _, hard in spy.batches])
+    assert column(learn, 'train_accuracy') == pytest.approx([right.mean().item()])
+    assert column(learn, 'valid_accuracy') == pytest.approx([accuracy(*learn.get_preds()).item()])
+
+
+@habit
+def plot_loss(make):
+    learn, cb = make(), LPCallback()
+    learn.fit(2, cbs=cb)
+    plt.close('all')
+    train, valid = learn.recorder.plot_loss(skip_start=0).lines
+    assert len(train.get_ydata()) == 2*len(learn.dls.train) and list(valid.get_ydata()) == column(learn, 'valid_loss')
+
+
+@habit
+def save_load(make):
+    learn = fitted(make)
+    preds = learn.get_preds()[0]
+    learn.save('here')
+    learn.fit(1, 1e-2)
+    assert not torch.equal(learn.get_preds()[0], preds)
+    learn.load('here')
+    assert torch.equal(learn.get_preds()[0], preds)
+    learn.fit(1)
+    labeled_all(learn, learn.lp, [0, 1, 2])
+
+
+# Inference, with the callback still there
+
+@habit
+def get_preds(make):
+    learn = fitted(make)
+    with inference(learn):
+        preds, targs = learn.get_preds()
+        assert preds.shape == (len(learn.dls.valid_ds), 3) and targs.min() >= 0 and torch.allclose(preds.sum(1), torch.ones(len(preds)))
+        train, given, losses = learn.get_preds(ds_idx=0, with_loss=True)
+        y = learn.dls.train.targets
+        assert train.shape == (len(y), 3) and torch.equal(given.flatten().clamp(min=-1).long(), y)
+        torch.testing.assert_close(losses.flatten(), torch.where(y < 0, 0, -train[range(len(y)), y.clamp(min=0)].log()), rtol=1e-4, atol=1e-5)
+    learn.remove_cb(LPCallback)
+    assert torch.equal(learn.get_preds()[0], preds)
+
+
+@habit
+def validate(make):
+    learn = fitted(make)
+    seen = column(learn, 'valid_loss') + column(learn, 'accuracy')
+    with inference(learn):
+        loss, acc = learn.validate()
+        preds, targs = learn.get_preds()
+        targs = targs.flatten().long()
+        assert acc == pytest.approx((preds.argmax(1) == targs).float().mean().item())
+        assert loss == pytest.approx(-preds[range(len(targs)), targs].log().mean().item(), rel=1e-4)
+        assert [loss, acc] == seen
+
+
+@habit
+def predict(make):
+    learn = fitted(make)
+    with inference(learn):
+        preds = learn.get_preds()[0]
+        for item, probs in zip(make.items[:3], preds):
+            name, i, p = learn.predict(item)
+            torch.testing.assert_close(p, probs, rtol=1e-4, atol=1e-5)
+            names = learn.dls.vocab[-1] if make.kind == 'text_classifier' else learn.dls.vocab
+            assert int(i) == probs.argmax() and str(names[int(i)]) == str(name.items.meal.iloc[0] if make.kind == 'tabular' else name)
+
+
+@habit
+def tta(make):
+    learn = fitted(make)
+    with inference(learn):
+        preds, targs = learn.get_preds()
+        (augmented, plain), given = learn.tta(n=2, beta=None)
+        assert torch.equal(given, targs) and augmented.shape == plain.shape
+        torch.testing.assert_close(plain, preds, rtol=1e-4, atol=1e-5)
+
+
+@habit
+def interpretation(make):
+    learn = fitted(make)
+    with inference(learn):
+        interp, (preds, targs) = ClassificationInterpretation.from_learner(learn), learn.get_preds()
+        targs = targs.flatten().long()
+        cm = interp.confusion_matrix()
+        assert cm.sum() == len(targs) and np.trace(cm) == (preds.argmax(1) == targs).sum()
+        losses, idxs = interp.top_losses(5)
+        torch.testing.assert_close(losses.flatten(), -preds[idxs, targs[idxs]].log(), rtol=1e-4, atol=1e-5)
+        assert losses[0] == losses.max()
+        plt.close('all')
+        interp.plot_confusion_matrix()
+        assert [t.get_text() for t in plt.gca().get_xticklabels()] == [str(o) for o in interp.vocab]
+
+
+@habit
+def top_losses(make):
+    learn = fitted(make)
+    with inference(learn):
+        interp = ClassificationInterpretation.from_learner(learn)
+        assert f'{interp.top_losses(3)[0][0].item():.2f}'[:-1] in shown(lambda: interp.plot_top_losses(3))
+
+
+@habit
+def show_batch(make):
+    learn = make()
+    seen = shown(lambda: learn.dls.show_batch(max_n=16))
+    assert '?' in seen or 'nan' in seen.lower()
+
+
+@habit
+def show_results(make):
+    learn = fitted(make)
+    with inference(learn): assert any(str(o) in shown(lambda: learn.show_results(max_n=9)) for o in learn.dls.vocab)
+
+
+@habit
+def summary(make):
+    learn = fitted(make)
+    with inference(learn): text = str(learn.summary())
+    assert 'LPCallback' in text and f'Total params: {total_params(learn.model)[0]:,}' in text.replace('  ', ' ') and 'CrossEntropyLoss' in text
+
+
+LOAD = """
+import sys, torch
+from fastai.learner import load_learner
+for line in sys.stdin:
+    path = line.strip()
+    learn = load_learner(path + '/export.pkl')
+    probs = torch.stack([learn.predict(o)[2] for o in torch.load(path + '/items.pt', weights_only=False)])
+    torch.save((probs, learn.lp_record.history, learn.lp_record.pseudo), path + '/probs.pt')
+    print('done', flush=True)
+"""
+
+
+@cache
+def other_process():
+    "Has seen none of the Learners, nor what made them"
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', LOAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+
+
+@habit
+def export(make):
+    learn = fitted(make)
+    with inference(learn): here = torch.stack([learn.predict(o)[2] for o in make.items[:4]])
+    learn.export('export.pkl')
+    torch.save(make.items[:4], make.path/'items.pt')
+    there = other_process()
+    print(make.path, file=there.stdin, flush=True)
+    assert there.stdout.readline() == 'done\n'
+    there, history, pseudo = torch.load(make.path/'probs.pt', weights_only=False)
+    torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)
+    assert history == learn.lp_record.history and pseudo is None
+
+
+# What plain fastai refuses
+CANNOT = {}
+
+PAIRS = [(l, h) for l in LEARNERS for h in HABITS if (l, h) not in CANNOT]
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind, name', PAIRS, ids=[f'{l}-{h}' for l, h in PAIRS])
+def test_habit(kind, name, images, tmp_path):
+    make = Make(kind, images, tmp_path)
+    HABITS[name](make)
+    make.leaves_no_trace()
