@@ -3,8 +3,11 @@ from fastai_lp.graph import *
 from fastai_lp.diffusion import *
 from fastai_lp.pseudo import *
 from fastai_lp.labelers import *
+from fastai_lp.curation import *
 from fastai_lp.losses import *
 from fastai_lp.data import *
 from fastai_lp.features import *
 from fastai_lp.callback import *
 from fastai_lp.models import *
+from fastai_lp.interpret import *
+from fastai_lp.estimator import *

@@ -61,7 +61,7 @@ class SemiCategorize(Categorize):
             raise KeyError(f"label {o!r} is not in the vocab {list(self.vocab)[:10]}: it comes from the labeled training items; "
                            "pass vocab= to name all classes") from e
 
-    def decodes(self, o): return Category('?') if o < 0 else Category(self.vocab[o])
+    def decodes(self, o): return Category('?') if o < 0 else Category(self.vocab[int(o)])
 
     def setups(self, to:Tabular):
         if to.y_names: self.setups(getattr(to, 'train', to)[to.y_names[0]])

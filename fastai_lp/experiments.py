@@ -31,6 +31,7 @@ from fastcore.script import call_parse
 from .callback import LPCallback
 from .datasets import RandomAffine, digits, digits_dls
 from .estimator import LabelDiffusion
+from .interpret import LPInterpretation
 from .labelers import Diffusion, NetworkPrediction
 from .models import small_convnet
 
@@ -75,6 +76,7 @@ def train_digits(
     recipe:Recipe=None, # None: `Recipe()`
     device=None, # None: the GPU where there is one
     step=lambda: None, # called after each epoch
+    save=None, # .npz file for the last pseudo-labels, to be read with `LPInterpretation.load`
 )->dict:
     "Train one network, on a CPU with one thread; its test error (of the last epoch, not the best), the curves, the time, and the settings"
     recipe = recipe or Recipe()
@@ -92,9 +94,10 @@ def train_digits(
     if labeler is not None: learn.dls = get_dls()
     learn.fit_one_cycle(recipe.stage2, recipe.lr[method], cbs=labeler and LPCallback(labeler, truth=d.train_truth))
     history = learn.lp_record.history if labeler else []
+    if labeler and save: LPInterpretation.from_learner(learn).save(save)
     return dict(method=method, labels=labels, seed=seed, error=errors[-1], errors=errors, seconds=time.perf_counter()-start,
                 history=[dict(row, epoch=row['epoch']+recipe.stage1) for row in history],
-                pseudo_accuracy=history[-1]['accuracy'] if history else None)
+                pseudo_accuracy=history[-1]['accuracy'] if history else None, record=Path(save).name if labeler and save else None)
 
 # %% ../nbs/24_experiments.ipynb #bc58c183
 def diffuse_digits(
@@ -174,7 +177,7 @@ def run_experiment(
     methods:list=('supervised', 'network', 'lp'), # keys of `METHODS`
     seeds:list=(0, 1, 2), # one run of each method for each
     recipe:Recipe=None, # None: `Recipe()`
-    out='results', # folder for digits.json and digits.png, made where absent
+    out='results', # folder for digits.json, digits.png and the pseudo-labels of each run, made where absent
     device=None, # None: the GPU where there is one
 )->dict: # what the JSON holds
     "Run all methods on the digits, seed by seed, and write what came out; raises `ValueError` for an unknown method"
@@ -194,7 +197,7 @@ def run_experiment(
         runs.append(diffuse_digits(labels, seed))
         for method in methods:
             step(f'{method}, seed {seed}')
-            runs.append(train_digits(method, labels, seed, recipe, device, step))
+            runs.append(train_digits(method, labels, seed, recipe, device, step, out/f'digits-{method}-{seed}.npz'))
     runs.sort(key=lambda r: list([*methods, 'diffusion']).index(r['method']))
     step('done')
     res = dict(dataset='digits', recipe=asdict(recipe), environment=environment(), seconds=time.perf_counter()-start, summary=summarize(runs), runs=runs)
