@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 import faiss
 
 from .curation import label_issues, suggest
-from .graph import affinity, csr, default_k, knn
+from .graph import affinity, as_rows, csr, default_k, knn
 from .pseudo import check_settings, spread
 
 # %% ../nbs/23_estimator.ipynb #d4ee1da2
@@ -37,7 +37,7 @@ def _from_scipy(W):
     W.setdiag(0)
     W.eliminate_zeros()
     W.sort_indices()
-    if len(W.data) and W.data.min() < 0: raise ValueError(f"the precomputed affinity has negative entries, the least {W.data.min():.3g}: expected 0 or more")
+    if len(W.data) and W.data.min() < 0: raise ValueError(f"Negative values in data: the precomputed affinity has entries down to {W.data.min():.3g}, expected 0 or more")
     if abs(W - W.T).max() > 1e-5*abs(W).max(): raise ValueError("the precomputed affinity is not symmetric: pass W + W.T, or (W + W.T)/2")
     return csr(*(torch.from_numpy(o.copy()) for o in (W.indptr.astype(np.int64), W.indices.astype(np.int64), W.data)), W.shape[0])
 
@@ -75,7 +75,7 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
-        tags.input_tags.pairwise = self.affinity == 'precomputed'
+        tags.input_tags.pairwise = tags.input_tags.positive_only = self.affinity == 'precomputed'
         return tags
 
     def _check(self, X, **kwargs): return validate_data(self, X, accept_sparse='csr', dtype=[np.float64, np.float32], **kwargs)
@@ -129,7 +129,7 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
             if X.shape[0] != X.shape[1]: raise ValueError(f"a precomputed affinity of shape {X.shape}: expected [n, n]")
             return _from_scipy(X).to(self.device or 'cpu')
         if sp.issparse(X): return affinity(*self._sparse_neighbours(X), self.gamma)
-        return affinity(*knn(torch.from_numpy(l2_rows(X).astype(np.float32)).to(self.device or 'cpu'), self.k, self.backend, self.index), self.gamma)
+        return affinity(*knn(F.normalize(as_rows(X).to(self.device or 'cpu')), self.k, self.backend, self.index), self.gamma)
 
     def _k(self, n, most): return min(default_k(n) if self.k is None else self.k, most)
 

@@ -18,9 +18,11 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.datasets import make_moons
 from sklearn.metrics import ConfusionMatrixDisplay
 from sklearn.neighbors import NearestNeighbors
+from fastai.tabular.core import Tabular
 from fastai.torch_core import TensorImageBase, show_image
 from fastai.vision.core import PILBase
 
+from .callback import _vocab
 from .curation import label_issues, suggest
 from .graph import affinity
 from .pseudo import PseudoLabels, spread
@@ -129,9 +131,7 @@ class LPInterpretation:
         if record is None or record.pseudo is None:
             raise ValueError("this Learner has no pseudo-labels: fit it with LPCallback first (an exported Learner leaves them behind; `save` keeps them in a file)")
         dl = getattr(learn.dls.train, 'dl', learn.dls.train)
-        vocab = getattr(learn.dls, 'vocab', None)
-        if vocab is not None and len(vocab) and hasattr(vocab[-1], '__len__') and not isinstance(vocab[-1], str): vocab = vocab[-1]
-        return cls(record.pseudo, record.history, record.truth if truth is None else truth, _names_of(dl), vocab, dl)
+        return cls(record.pseudo, record.history, record.truth if truth is None else truth, _names_of(dl), _vocab(learn.dls), dl)
 
     @classmethod
     def from_results(cls,
@@ -236,10 +236,11 @@ class LPInterpretation:
         idxs = [int(i) for i in idxs]
         if not idxs: raise ValueError("no item to show")
         if titles is None: titles = [f'{o.label} ({o.certainty:.2f})' for o in self.to_df().loc[idxs].itertuples()]
-        first = [self.dl.dataset[i][0] for i in idxs]
+        ds = self.dl.dataset
+        if isinstance(ds, Tabular): return ds.iloc[idxs].decode().items.assign(**{'pseudo-label': titles})
+        first = [ds[i][0] for i in idxs]
         if not all(isinstance(o, (PILBase, TensorImageBase)) or isinstance(o, torch.Tensor) and o.ndim == 3 for o in first):
-            items = self.dl.dataset.items
-            rows = items.iloc[idxs] if hasattr(items, 'iloc') else pd.DataFrame(dict(item=[items[i] for i in idxs]), index=idxs)
+            rows = ds.items.iloc[idxs] if hasattr(ds.items, 'iloc') else pd.DataFrame(dict(item=[ds.items[i] for i in idxs]), index=idxs)
             return rows.assign(**{'pseudo-label': titles})
         rows = max(1, round((len(idxs)/2)**.5))
         cols = math.ceil(len(idxs)/rows)

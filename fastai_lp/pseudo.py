@@ -239,13 +239,13 @@ def advice(
 )->dict: # {what: message}, empty where all is well
     """What looks wrong with pseudo-labels, and what to do: `certainty`, `class`, `residual`, `reached`.
 
-    Certainty has collapsed below a mean of 0.05 before its normalisation over items (digits: 0.1 and more from the first epoch on, 0.006 on
-    noise); a class takes over where its share is more than halfway from its share of the labels to everything."""
+    Certainty has collapsed where its mean, before the normalisation over items, is below 0.05 (digits: 0.1 and more from the first epoch on;
+    noise: 0.006); a class takes over where its share is more than halfway from its share of the labels to everything."""
     free, c = ~pseudo.labeled, len(pseudo.class_weights)
     res, n = {}, free.sum().item()
     if not n: return res
     if c > 1 and pseudo.Z is not None and (omega := certainty(pseudo.Z[free]).mean().item()) < .05:
-        res['certainty'] = (f"the certainty of the pseudo-labels has collapsed: its mean is {omega:.3f} before normalisation, below 0.05. The descriptors hardly tell the "
+        res['certainty'] = (f"the certainty of the pseudo-labels is next to nothing: its mean is {omega:.3f} before normalisation, below 0.05. The descriptors hardly tell the "
                             "classes apart: train longer on the labeled items first (warmup=), start from a pretrained network, label more items, or lower the learning rate")
     share, given = (torch.bincount(pseudo.labels[o & (pseudo.labels >= 0)], minlength=c)/o.sum() for o in (free, pseudo.labeled))
     if c > 1 and share.max() > (1+given[top := share.argmax().item()])/2:

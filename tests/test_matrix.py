@@ -1,8 +1,8 @@
-"""Every common fastai habit with `LPCallback` in place: a function per habit, a function per way to make a Learner.
+"""Every common fastai habit with `LPCallback` in place: a function per habit, an entry of `LEARNERS` per way to make a Learner.
 
-Another habit is one more function under `@habit`, another Learner one more under `@learner`; `CANNOT` has the pairs that plain
-fastai refuses."""
+Each habit is tried with each Learner, but for the pairs of `CANNOT`, which plain fastai refuses as well."""
 import math
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -46,23 +46,23 @@ from fastai_lp.datasets import digits, digits_folder
 from fastai_lp.features import find_classifier
 from fastai_lp.labelers import Diffusion
 
-LEARNERS, HABITS = {}, {}
-def learner(f): return LEARNERS.setdefault(f.__name__, f)
-def habit(f): return HABITS.setdefault(f.__name__, f)
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # of networks that have seen next to nothing, and of precision that a CPU does not have
 
 
-# The Learners, and what `predict` takes of each. 60 training items, 12 of them labeled, and 24 to validate on, of three classes
+# The Learners, each with a few of the items that its `predict` takes, those of its validation set
 
 NAMES = np.array(['ham', 'eggs', 'spam'])
 CLASS = np.arange(84) % 3
-VALID = range(60, 84)
+VALID = list(range(60, 84))
 
 
-def labels(hide): return [NAMES[c] if i < 12 or i in VALID or not hide else None for i, c in enumerate(CLASS)]
+def labels(hide): return [NAMES[c] if not hide or i < 12 or i in VALID else None for i, c in enumerate(CLASS)]
 
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
+    "A few zeros, ones and twos"
     path, truth, room = digits_folder(tmp_path_factory.mktemp('images'), labels=40), digits().truth, dict(train=12, unsup=16, valid=12)
     for f in sorted(path.rglob('*.png')):
         part = f.relative_to(path).parts[0]
@@ -71,20 +71,14 @@ def images(tmp_path_factory):
     return path
 
 
-def image_learner(arch):
-    def make(images, hide=True, **kwargs):
-        dls = SemiImageDataLoaders.from_folder(images, item_tfms=Resize(32), batch_tfms=aug_transforms(size=32, do_flip=False), bs=16, num_workers=0, device='cpu')
-        return vision_learner(dls, arch, pretrained=False, metrics=accuracy, **kwargs), list(dls.valid_ds.items)
-    return make
-
-LEARNERS['vision_learner'] = image_learner(resnet18)
-LEARNERS['timm'] = image_learner('test_efficientnet')
+def of_images(arch, images, **kwargs):
+    dls = SemiImageDataLoaders.from_folder(images, item_tfms=Resize(32), batch_tfms=aug_transforms(size=32, do_flip=False), bs=16, num_workers=0, device='cpu')
+    return vision_learner(dls, arch, pretrained=False, metrics=accuracy, **kwargs), list(dls.valid_ds.items)
 
 
-@learner
-def Learner(images, hide=True, **kwargs):
+def of_tensors(images, hide=True, **kwargs):
     data = blobs()
-    return blob_learner(data, labels=data.labels if hide else data.truth.tolist(), **kwargs), list(range(120, 150))
+    return blob_learner(data, labels=data.labels if hide else data.truth.tolist(), two_stream=hide, **kwargs), list(range(120, 150))
 
 
 @cache
@@ -95,34 +89,34 @@ def table(hide):
     return df.assign(kind=rng.choice(['p', 'q'], 84), meal=pd.Series(labels(hide), dtype=object))
 
 
-def tabular_from(images, hide=True, block=None, two_streams=True, **kwargs):
-    dls = TabularDataLoaders.from_df(table(hide), procs=[Categorify, FillMissing, Normalize], cat_names=['kind'], cont_names=list('wxyz'), y_names='meal',
-                                     y_block=block, valid_idx=list(VALID), bs=16, device='cpu')
-    return tabular_learner(semi_dls(dls) if hide and two_streams else dls, layers=[16], metrics=accuracy, **kwargs), [row for _, row in table(hide).iloc[list(VALID)].iterrows()]
-
-
-LEARNERS['tabular'] = tabular_from
-LEARNERS['tabular_plain'] = partial(tabular_from, block=SemiCategoryBlock, two_streams=False)
+def of_a_table(images, hide=True, y_block=None, two_streams=True, **kwargs):
+    dls = TabularDataLoaders.from_df(table(hide), procs=[Categorify, FillMissing, Normalize], cat_names=['kind'], cont_names=list('wxyz'),
+                                     y_names='meal', y_block=y_block, valid_idx=VALID, bs=16, device='cpu')
+    learn = tabular_learner(semi_dls(dls) if hide and two_streams else dls, layers=[16], metrics=accuracy, **kwargs)
+    return learn, [row for _, row in table(hide).iloc[VALID].iterrows()]
 
 
 @cache
 def texts(hide):
-    rng = np.random.default_rng(0)
-    common = 'the of and to in was'.split()
+    "Of 1 to 5 times `seq_len` tokens (the first says that a text begins): other lengths fastai pads so that what is read depends on the batch"
+    rng, common = np.random.default_rng(0), 'the of and to in was'.split()
     words = dict(ham='ridge pine leaf stone'.split(), eggs='tide foam gull sail'.split(), spam='lamp desk shelf chair'.split())
-    df = pd.DataFrame(dict(text=[' '.join(rng.choice(words[NAMES[c]] + common, rng.integers(4, 40))) for c in CLASS], label=labels(hide)))
+    df = pd.DataFrame(dict(text=[' '.join(rng.choice(words[NAMES[c]] + common, 8*rng.integers(1, 6)-1)) for c in CLASS], label=labels(hide)))
     df['valid'] = df.index.isin(VALID)
     block = DataBlock(blocks=(TextBlock.from_df('text', seq_len=8, min_freq=1, n_workers=0), SemiCategoryBlock), get_x=ColReader('text'),
                       get_y=ColReader('label'), splitter=ColSplitter('valid'))
-    return df, block.datasets(df), block
+    return block.dataloaders(df, bs=16, num_workers=0, device='cpu', seq_len=8), df.text[df.valid].tolist()
 
 
-@learner
-def text_classifier(images, hide=True, **kwargs):
-    df, _, block = texts(hide)
-    dls = (block.semi_dataloaders if hide else block.dataloaders)(df, bs=16, num_workers=0, device='cpu', seq_len=8)
+def of_texts(images, hide=True, **kwargs):
+    dls, items = texts(hide)
     config = awd_lstm_clas_config | dict(emb_sz=12, n_hid=16, n_layers=2)
-    return text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, seq_len=8, metrics=accuracy, **kwargs), df.text[df.valid].tolist()
+    return text_classifier_learner(semi_dls(dls) if hide else dls, AWD_LSTM, pretrained=False, config=config, seq_len=8, metrics=accuracy, **kwargs), items
+
+
+LEARNERS = dict(vision_learner=partial(of_images, resnet18), timm=partial(of_images, 'test_efficientnet'), Learner=of_tensors,
+                tabular_learner=of_a_table, tabular_learner_one_stream=partial(of_a_table, y_block=SemiCategoryBlock, two_streams=False),
+                text_classifier_learner=of_texts)
 
 
 class Make:
@@ -131,10 +125,16 @@ class Make:
 
     def __call__(self, **kwargs):
         set_seed(0, reproducible=True)
-        learn, self.items = LEARNERS[self.kind](self.images, path=self.path, **kwargs)
+        learn, self.items = LEARNERS[self.kind](images=self.images, path=self.path, **kwargs)
         learn.remove_cb(ProgressCallback)
         learn.logger = noop
         self.made.append((learn, learn.loss_func))
+        return learn
+
+    def fitted(self):
+        "A Learner that has been trained for an epoch, and keeps its callback"
+        learn = self(cbs=LPCallback())
+        learn.fit(1)
         return learn
 
     def leaves_no_trace(self):
@@ -145,34 +145,15 @@ class Make:
             assert not last._forward_hooks and not last._forward_pre_hooks
 
 
+# What the habits ask
+
 def labeled_all(learn, cb, epochs):
     "The callback renewed the pseudo-labels of every item at these epochs"
     p, n, y = cb.record.pseudo, len(learn.dls.train_ds), targets_of(learn.dls.train)
     assert learn.lp_record is cb.record and [h['epoch'] for h in cb.record.history] == list(epochs)
     assert p.labels.shape == p.weights.shape == (n,) and p.labels.min() >= 0 and p.labels.max() < learn.dls.c
-    assert torch.isfinite(p.weights).all() and p.weights.max() > 0 and torch.isfinite(torch.tensor(learn.recorder.losses)).all()
+    assert torch.isfinite(p.weights).all() and p.weights.max() > 0 and all(math.isfinite(o) for o in learn.recorder.losses)
     assert torch.equal(p.labels[y >= 0], y[y >= 0]) and p.labeled.sum() == (y >= 0).sum() < n
-
-
-def names(learn): return learn.dls.vocab[-1] if isinstance(learn.dls.vocab[-1], (list, CategoryMap)) else learn.dls.vocab
-
-
-def column(learn, name): return [dict(zip(learn.recorder.metric_names[1:], v))[name] for v in learn.recorder.values]
-
-
-class Spy(Callback):
-    "What reaches the loss in training, and what comes out of it"
-    order, run_valid = 100, False
-    def before_fit(self): self.batches = []
-    def after_pred(self): self.seen = self.learn.pred.detach().clone(), self.learn.yb[0].clone()
-    def after_loss(self): self.batches.append((*self.seen, self.learn.loss.item(), self.learn.yb[0].clone()))
-
-
-def fitted(make, epochs=1):
-    "A Learner that has been trained, and keeps its callback"
-    learn = make(cbs=LPCallback())
-    learn.fit(epochs)
-    return learn
 
 
 @contextmanager
@@ -183,15 +164,48 @@ def inference(learn):
     assert torch.equal(flat_weights(learn), before) and len(learn.lp.record.history) == history and learn.lp_record is learn.lp.record
 
 
+def column(learn, name): return [dict(zip(learn.recorder.metric_names[1:], v))[name] for v in learn.recorder.values]
+
+
+def names(learn): return learn.dls.vocab[-1] if isinstance(learn.dls.vocab[-1], CategoryMap) else learn.dls.vocab
+
+
+def correct(preds, targs): return (preds.argmax(1) == targs.flatten()).float().mean().item()
+
+
+def entropies(preds, targs):
+    targs = targs.flatten().long()
+    return -preds[range(len(targs)), targs.clamp(min=0)].log()*(targs >= 0)
+
+
 def shown(show):
-    "All that a person sees: the titles of the images, or the printed table"
-    plt.close('all')
+    "All that a person sees: the titles of the images, or the table"
     tables = []
+    plt.close('all')
     with patch('IPython.display.display', lambda o: tables.append(o.data)): show()
-    return '\n'.join(tables) + '\n'.join(ax.get_title() for i in plt.get_fignums() for ax in plt.figure(i).axes)
+    return '\n'.join(tables + [ax.get_title() for i in plt.get_fignums() for ax in plt.figure(i).axes])
 
 
-# The habits: ways to train
+class Spy(Callback):
+    "What reaches the loss in training, and what comes out of it"
+    order, run_valid = 100, False
+    def before_fit(self): self.batches = []
+    def after_pred(self): self.seen = self.learn.pred.detach().clone(), self.learn.yb[0].clone()
+    def after_loss(self): self.batches.append((*self.seen, self.learn.loss.item(), self.learn.yb[0].clone()))
+
+
+class Steps(Callback):
+    "The norm of the gradient at each step of the optimizer"
+    order = 100
+    def before_fit(self): self.norms = []
+    def after_step(self): self.norms.append(torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm().item())
+
+
+HABITS = {}
+def habit(f): return HABITS.setdefault(f.__name__, f)
+
+
+# Ways to train
 
 @habit
 def fit(make):
@@ -218,7 +232,7 @@ def fine_tune(make):
     learn, cb = make(), LPCallback(warmup=1)
     learn.fine_tune(2, cbs=cb)
     labeled_all(learn, cb, [1, 2])
-    assert learn.opt.frozen_idx == 0 and cb._course == 3
+    assert learn.opt.frozen_idx == 0
 
 
 @habit
@@ -231,7 +245,7 @@ def freeze_unfreeze(make):
     frozen = [p for p in learn.model.parameters() if not p.requires_grad]
     body, head = [p.detach().clone() for p in frozen], last.weight.detach().clone()
     learn.fit(1, cbs=cb)
-    assert all(torch.equal(p, q) for p, q in zip(frozen, body)) and not torch.equal(last.weight, head) and len(body)
+    assert body and all(torch.equal(p, q) for p, q in zip(frozen, body)) and not torch.equal(last.weight, head)
     learn.unfreeze()
     learn.fit(1, cbs=cb)
     labeled_all(learn, cb, [0, 1])
@@ -242,7 +256,7 @@ def freeze_unfreeze(make):
 def lr_find(make):
     learn = make(cbs=LPCallback())
     before = flat_weights(learn)
-    found = learn.lr_find(num_it=15, show_plot=False)
+    found = learn.lr_find(num_it=12, show_plot=False)
     assert 1e-7 < found.valley < 10 and torch.equal(flat_weights(learn), before) and not learn.lp.record.history
     learn.fit(1, found.valley)
     labeled_all(learn, learn.lp, [0])
@@ -256,31 +270,35 @@ def start_epoch(make):
     assert len(learn.recorder.lrs) == len(learn.dls.train) and max(learn.recorder.lrs) < 1e-3
 
 
+@habit
+def short_epoch(make):
+    learn, cb, spy = make(), LPCallback(), Spy()
+    learn.fit(2, cbs=[cb, spy, ShortEpochCallback(0)])
+    labeled_all(learn, cb, [0, 1])
+    assert len(spy.batches) == 2 < 2*len(learn.dls.train)
+
+
 # Precision, mixing, losses and steps
 
-def descriptors(seen):
+def trained_in(make, amp, dtype, *cbs):
+    learn, found, dtypes = make(), [], set()
     def labeler(feats, logits, y):
-        seen.extend([feats, logits])
+        found.extend([feats, logits])
         return Diffusion()(feats, logits, y)
-    return labeler
-
-
-def trained_in(make, amp, dtype, cbs=()):
-    learn, seen, dtypes = make(), [], set()
-    amp(learn)
-    cb = LPCallback(descriptors(seen))
-    def note(m, x, out):
+    def note(m, args, out):
         if m.training: dtypes.add(out.dtype)
+    amp(learn)
+    cb = LPCallback(labeler)
     hook = find_classifier(learn.model, learn.dls.c).register_forward_hook(note)
     learn.fit(1, cbs=[cb, *cbs])
     hook.remove()
     labeled_all(learn, cb, [0])
-    assert dtypes == {dtype} and len(seen) == 2 and all(o.dtype == torch.float32 and torch.isfinite(o).all() for o in seen)
+    assert dtypes == {dtype} and len(found) == 2 and all(o.dtype == torch.float32 and torch.isfinite(o).all() for o in found)
     assert all(p.dtype == torch.float32 for p in learn.model.parameters())
 
 
 @habit
-def to_fp16(make): trained_in(make, lambda learn: learn.to_fp16(), torch.float32)  # of a CPU, fastai's autocast('cuda') asks nothing
+def to_fp16(make): trained_in(make, lambda learn: learn.to_fp16(), torch.float32)  # fastai's autocast('cuda') asks nothing of a CPU
 
 
 class OnCPU(MixedPrecision):
@@ -290,15 +308,7 @@ class OnCPU(MixedPrecision):
 
 
 @habit
-def bf16(make): trained_in(make, lambda learn: learn.add_cb(OnCPU('bf16')), torch.bfloat16, [ShortEpochCallback(0)])  # slow on many a CPU
-
-
-@habit
-def short_epoch(make):
-    learn, cb = make(), LPCallback()
-    learn.fit(2, cbs=[cb, ShortEpochCallback(0)])
-    labeled_all(learn, cb, [0, 1])
-    assert len(learn.recorder.losses) == 2 < 2*len(learn.dls.train)
+def bf16(make): trained_in(make, lambda learn: learn.add_cb(OnCPU('bf16')), torch.bfloat16, ShortEpochCallback(0))  # a step can take 10 s
 
 
 def mixed(make, cb):
@@ -314,6 +324,8 @@ def mixed(make, cb):
 
 @habit
 def mixup(make): mixed(make, MixUp())
+
+
 @habit
 def cutmix(make): mixed(make, CutMix())
 
@@ -324,13 +336,8 @@ def label_smoothing(make):
     learn.fit(1, cbs=[cb, spy])
     labeled_all(learn, cb, [0])
     smooth = LabelSmoothingCrossEntropy(reduction='none')
-    for pred, target, loss, hard in spy.batches: assert loss == pytest.approx((target.sum(1)*smooth(pred, hard.flatten().long())).mean().item(), rel=1e-4)
-
-
-class Steps(Callback):
-    order = 100
-    def before_fit(self): self.norms = []
-    def after_step(self): self.norms.append(torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm().item())
+    for pred, target, loss, hard in spy.batches:
+        assert loss == pytest.approx((target.sum(1)*smooth(pred, hard.flatten().long())).mean().item(), rel=1e-4)
 
 
 @habit
@@ -349,16 +356,15 @@ def gradient_clip(make):
     assert len(steps.norms) == len(learn.dls.train) and max(steps.norms) <= 1e-3*(1+1e-4)
 
 
-# Callbacks that look at the record
+# What watches a fit, and what is kept of it
 
 @habit
 def save_model(make):
     learn, cb = make(), LPCallback()
     learn.fit(3, 1e-2, cbs=[cb, SaveModelCallback(fname='best')])
     labeled_all(learn, cb, [0, 1, 2])
-    best = min(column(learn, 'valid_loss'))
+    best, saved = min(column(learn, 'valid_loss')), torch.load(learn.path/'models'/'best.pth')
     assert learn.validate()[0] == pytest.approx(best, rel=1e-4)
-    saved = torch.load(learn.path/'models'/'best.pth')
     assert all(torch.equal(v, saved[k]) for k, v in learn.model.state_dict().items())
 
 
@@ -377,16 +383,16 @@ def reduce_lr_on_plateau(make):
     learn, cb = make(), LPCallback()
     learn.fit(3, 1e-3, cbs=[cb, ReduceLROnPlateau(min_delta=100)])
     labeled_all(learn, cb, [0, 1, 2])
-    assert [learn.recorder.lrs[i*len(learn.dls.train)] for i in range(3)] == pytest.approx([1e-3, 1e-3, 1e-4])
+    assert learn.recorder.lrs[::len(learn.dls.train)] == pytest.approx([1e-3, 1e-3, 1e-4])
 
 
 @habit
 def csv_logger(make):
-    learn, cb, log = make(), LPCallback(), CSVLogger()
-    learn.fit(2, cbs=[cb, log])
+    learn, cb = make(), LPCallback()
+    learn.fit(2, cbs=[cb, CSVLogger()])
     df = pd.read_csv(learn.path/'history.csv')
-    assert list(df) == list(learn.recorder.metric_names) and df.lp_certainty.tolist() == pytest.approx([h['certainty'] for h in cb.record.history])
-    assert (df.lp_sec > 0).all() and df.epoch.tolist() == [0, 1]
+    assert list(df) == list(learn.recorder.metric_names) and df.epoch.tolist() == [0, 1]
+    assert df.lp_certainty.tolist() == pytest.approx([h['certainty'] for h in cb.record.history]) and (df.lp_sec > 0).all()
 
 
 @habit
@@ -395,15 +401,14 @@ def train_metrics(make):
     learn.recorder.train_metrics = True
     learn.fit(1, cbs=[cb, spy])
     labeled_all(learn, cb, [0])
-    right = torch.cat([(pred.argmax(1) == hard.flatten()).float() for pred, _, _, hard in spy.batches])
-    assert column(learn, 'train_accuracy') == pytest.approx([right.mean().item()])
-    assert column(learn, 'valid_accuracy') == pytest.approx([accuracy(*learn.get_preds()).item()])
+    train = correct(*(torch.cat([b[i] for b in spy.batches]) for i in (0, 3)))
+    assert [column(learn, 'train_accuracy'), column(learn, 'valid_accuracy')] == [pytest.approx([o]) for o in (train, correct(*learn.get_preds()))]
 
 
 @habit
 def plot_loss(make):
-    learn, cb = make(), LPCallback()
-    learn.fit(2, cbs=cb)
+    learn = make()
+    learn.fit(2, cbs=LPCallback())
     plt.close('all')
     train, valid = learn.recorder.plot_loss(skip_start=0).lines
     assert len(train.get_ydata()) == 2*len(learn.dls.train) and list(valid.get_ydata()) == column(learn, 'valid_loss')
@@ -411,7 +416,7 @@ def plot_loss(make):
 
 @habit
 def save_load(make):
-    learn = fitted(make)
+    learn = make.fitted()
     preds = learn.get_preds()[0]
     learn.save('here')
     learn.fit(1, 1e-2)
@@ -426,45 +431,40 @@ def save_load(make):
 
 @habit
 def get_preds(make):
-    learn = fitted(make)
+    learn = make.fitted()
     with inference(learn):
         preds, targs = learn.get_preds()
         assert preds.shape == (len(learn.dls.valid_ds), 3) and targs.min() >= 0 and torch.allclose(preds.sum(1), torch.ones(len(preds)))
         train, given, losses = learn.get_preds(ds_idx=0, with_loss=True)
-        y = targets_of(learn.dls.train)
-        assert train.shape == (len(y), 3) and torch.equal(given.flatten().clamp(min=-1).long(), y)
-        torch.testing.assert_close(losses.flatten(), torch.where(y < 0, 0, -train[range(len(y)), y.clamp(min=0)].log()), rtol=1e-4, atol=1e-5)
+        assert torch.equal(given.flatten().clamp(min=-1).long(), targets_of(learn.dls.train))
+        torch.testing.assert_close(losses.flatten(), entropies(train, given), rtol=1e-4, atol=1e-5)
     learn.remove_cb(LPCallback)
     assert torch.equal(learn.get_preds()[0], preds)
 
 
 @habit
 def validate(make):
-    learn = fitted(make)
+    learn = make.fitted()
     seen = column(learn, 'valid_loss') + column(learn, 'accuracy')
     with inference(learn):
-        loss, acc = learn.validate()
+        assert learn.validate() == seen
         preds, targs = learn.get_preds()
-        targs = targs.flatten().long()
-        assert acc == pytest.approx((preds.argmax(1) == targs).float().mean().item())
-        assert loss == pytest.approx(-preds[range(len(targs)), targs].log().mean().item(), rel=1e-4)
-        assert [loss, acc] == seen
+        assert seen == pytest.approx([entropies(preds, targs).mean().item(), correct(preds, targs)], rel=1e-4)
 
 
 @habit
 def predict(make):
-    learn = fitted(make)
+    learn = make.fitted()
     with inference(learn):
-        preds = learn.get_preds()[0]
-        for item, probs in zip(make.items[:3], preds):
+        for item, probs in zip(make.items[:3], learn.get_preds()[0]):
             name, i, p = learn.predict(item)
             torch.testing.assert_close(p, probs, rtol=1e-4, atol=1e-5)
-            assert int(i) == probs.argmax() and str(names(learn)[int(i)]) == str(name if isinstance(name, str) else name.decode().items.meal.iloc[0])
+            assert int(i) == probs.argmax() and str(names(learn)[int(i)]) == (name if isinstance(name, str) else name.decode().items.meal.iloc[0])
 
 
 @habit
 def tta(make):
-    learn = fitted(make)
+    learn = make.fitted()
     with inference(learn):
         preds, targs = learn.get_preds()
         (augmented, plain), given = learn.tta(n=2, beta=None)
@@ -474,49 +474,47 @@ def tta(make):
 
 @habit
 def interpretation(make):
-    learn = fitted(make)
+    learn = make.fitted()
     with inference(learn):
         interp, (preds, targs) = ClassificationInterpretation.from_learner(learn), learn.get_preds()
-        targs = targs.flatten().long()
         cm = interp.confusion_matrix()
-        assert cm.sum() == len(targs) and np.trace(cm) == (preds.argmax(1) == targs).sum()
-        losses, idxs = interp.top_losses(5)
-        torch.testing.assert_close(losses.flatten(), -preds[idxs, targs[idxs]].log(), rtol=1e-4, atol=1e-5)
-        assert losses[0] == losses.max()
+        assert cm.sum() == len(targs) and np.trace(cm)/len(targs) == pytest.approx(correct(preds, targs))
+        torch.testing.assert_close(interp.top_losses(5)[0].flatten(), entropies(preds, targs).topk(5)[0], rtol=1e-4, atol=1e-5)
         plt.close('all')
         interp.plot_confusion_matrix()
-        assert [t.get_text() for t in plt.gca().get_xticklabels()] == [str(o) for o in interp.vocab]
+        assert [t.get_text() for t in plt.gca().get_xticklabels()] == [str(o) for o in names(learn)]
 
 
 @habit
 def top_losses(make):
-    learn = fitted(make)
+    learn = make.fitted()
     with inference(learn):
         interp = ClassificationInterpretation.from_learner(learn)
-        assert f'{interp.top_losses(3)[0][0].item():.2f}'[:-1] in shown(lambda: interp.plot_top_losses(3))
+        seen = [float(o) for o in re.findall(r'\d+\.\d+', shown(lambda: interp.plot_top_losses(3)))]
+        assert all(any(abs(o-loss) < .01 for o in seen) for loss in interp.top_losses(3)[0].tolist())
 
 
 @habit
 def show_batch(make):
     learn = make()
     seen = shown(lambda: learn.dls.show_batch(max_n=16))
-    assert '?' in seen or 'nan' in seen.lower()
+    assert re.search(r'\?|NaN', seen) and any(o in seen for o in names(learn))
 
 
 @habit
 def show_results(make):
-    learn = fitted(make)
+    learn = make.fitted()
     with inference(learn): seen = shown(lambda: learn.show_results(max_n=9))
-    assert 'meal_pred' in seen or sum(seen.count(str(o)) for o in names(learn)) == 18
+    assert 'meal_pred' in seen or sum(seen.count(o) for o in names(learn)) == 18
 
 
 @habit
 def summary(make):
-    learn = fitted(make)
-    with inference(learn): text = str(learn.summary())
+    learn = make.fitted()
+    with inference(learn): seen = str(learn.summary())
     learn.remove_cb(LPCallback)
-    assert text.count('  - LPCallback\n') == 1
-    assert text.replace('  - LPCallback\n', '').partition('Total params')[2] == str(learn.summary()).partition('Total params')[2]
+    assert seen.count('  - LPCallback\n') == 1
+    assert seen.replace('  - LPCallback\n', '').partition('Total params')[2] == str(learn.summary()).partition('Total params')[2]
 
 
 LOAD = """
@@ -532,34 +530,84 @@ for line in sys.stdin:
 
 
 @cache
-def other_process():
-    "Has seen none of the Learners, nor what made them"
+def fresh_process():
+    "Has made none of the Learners; one for all of them, since it takes long to start"
     return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', LOAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
 
 
 @habit
 def export(make):
-    learn = fitted(make)
+    learn = make.fitted()
     with inference(learn): here = torch.stack([learn.predict(o)[2] for o in make.items[:4]])
     learn.export('export.pkl')
     torch.save(make.items[:4], make.path/'items.pt')
-    there = other_process()
-    print(make.path, file=there.stdin, flush=True)
-    assert there.stdout.readline() == 'done\n'
+    process = fresh_process()
+    print(make.path, file=process.stdin, flush=True)
+    assert process.stdout.readline() == 'done\n'
     there, history, pseudo = torch.load(make.path/'probs.pt', weights_only=False)
     torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)
     assert history == learn.lp_record.history and pseudo is None
 
 
-# What plain fastai refuses
-CANNOT = {('text_classifier','bf16'):1}
+# What plain fastai refuses: its error, or None where it shows nothing, or where it depends on the machine
 
-PAIRS = [(l, h) for l in LEARNERS for h in HABITS if (l, h) not in CANNOT]
+TABLE = dict(mixup="'tuple' object has no attribute 'device'", cutmix="'tuple' object has no attribute 'size'", tta='set_split_idx', top_losses=None)
+CANNOT = dict(vision_learner={}, timm={}, tabular_learner=TABLE, tabular_learner_one_stream=TABLE,
+              Learner=dict(cutmix='not enough values to unpack', show_batch="no attribute 'show'", show_results="no attribute 'show'",
+                           top_losses='plot_top_losses is not implemented'),
+              text_classifier_learner=dict(mixup='expected dtype long int', cutmix='not enough values to unpack', show_results='not subscriptable'))
+NO_KERNEL = [('text_classifier_learner', 'bf16')]  # an LSTM in bfloat16: not on every CPU
+
+PLAIN = dict(mixup=lambda learn: learn.fit(1, cbs=MixUp()), cutmix=lambda learn: learn.fit(1, cbs=CutMix()), tta=lambda learn: learn.tta(),
+             show_batch=lambda learn: learn.dls.show_batch(), show_results=lambda learn: learn.show_results(),
+             top_losses=lambda learn: ClassificationInterpretation.from_learner(learn).plot_top_losses(3))
 
 
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('kind, name', PAIRS, ids=[f'{l}-{h}' for l, h in PAIRS])
+@pytest.mark.parametrize('kind, name', [pytest.param(l, h, id=f'{l}-{h}') for l in LEARNERS for h in HABITS
+                                        if h not in CANNOT[l] and (l, h) not in NO_KERNEL])
 def test_habit(kind, name, images, tmp_path):
     make = Make(kind, images, tmp_path)
     HABITS[name](make)
     make.leaves_no_trace()
+
+
+@pytest.mark.parametrize('kind, name', [pytest.param(l, h, id=f'{l}-{h}') for l in LEARNERS for h in CANNOT[l]])
+def test_fastai_itself_cannot(kind, name, images, tmp_path):
+    learn, error = Make(kind, images, tmp_path)(hide=False), CANNOT[kind][name]
+    if error is None: assert not shown(lambda: PLAIN[name](learn))
+    else:
+        with pytest.raises(Exception, match=error): PLAIN[name](learn)
+
+
+# What is particular to one of them
+
+@pytest.mark.parametrize('labeled_only', [False, True])
+def test_a_text_reads_the_same_in_every_batch(labeled_only, images, tmp_path):
+    "AWD_LSTM takes the first of a batch for the longest texts"
+    learn = Make('text_classifier_learner', images, tmp_path)()
+    probs, dl = learn.get_preds(ds_idx=0)[0], learn.dls.train
+    dl.labeled_only = labeled_only
+    idxs = list(dl.get_idxs())
+    dl.get_idxs = lambda: idxs
+    learn.model.eval()
+    with torch.no_grad(): seen = torch.cat([learn.model(x)[0].softmax(1) for x, _ in dl])
+    torch.testing.assert_close(seen, probs[idxs], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['Learner', 'tabular_learner', 'text_classifier_learner'])
+def test_lr_find_before_the_callback_is_there(kind, images, tmp_path):
+    learn, cb = Make(kind, images, tmp_path)(), LPCallback()
+    assert 1e-7 < learn.lr_find(num_it=30, show_plot=False).valley < 10 and torch.isfinite(torch.tensor(learn.recorder.losses)).all()
+    learn.fit_one_cycle(1, cbs=cb)
+    labeled_all(learn, cb, [0])
+
+
+@pytest.mark.parametrize('column', [pd.Series(labels(True), dtype=object), pd.Series([o or '' for o in labels(True)]), pd.Categorical(labels(True)),
+                                    pd.Series([c if o else None for c, o in zip(CLASS, labels(True))], dtype='Int64')], ids=['None', 'empty', 'category', 'NA'])
+def test_missing_targets_of_a_table(column):
+    dls = TabularDataLoaders.from_df(table(True).assign(meal=column), procs=[Normalize], cont_names=list('xyz'), y_names='meal', y_block=SemiCategoryBlock,
+                                     valid_idx=VALID, bs=16, device='cpu')
+    assert len(dls.vocab) == dls.c == 3 and dls.vocab == sorted(dls.vocab)
+    assert torch.equal(targets_of(dls.train) < 0, torch.arange(60) >= 12)
+    shown = dls.train_ds.decode().items.meal.tolist()
+    assert [str(o) for o in shown] == [str(o) if i < 12 else '?' for i, o in enumerate(table(True).assign(meal=column).meal[:60])]
