@@ -113,8 +113,9 @@ class LPCallback(Callback):
         "Check everything that can be wrong, before anything is changed"
         if self._inference: return
         self.restore()
-        dl = self.dls.train
-        fit = _Fit(getattr(dl, 'dl', dl), self._course, lr_find=hasattr(self.learn, 'lr_finder'))  # a DistributedDL wraps its dl
+        dl = getattr(self.dls.train, 'dl', self.dls.train)  # a DistributedDL wraps its dl
+        if getattr(dl, 'n', None) == 0: return  # an exported Learner, without data: fastai's tta fires this event too
+        fit = _Fit(dl, self._course, lr_find=hasattr(self.learn, 'lr_finder'))
         self._check(fit)
         self._fit = fit
         self.learn.lp_record = self.record
@@ -156,7 +157,7 @@ class LPCallback(Callback):
 
     def before_epoch(self):
         "Decide what this epoch does; `before_train` does it, if the epoch trains"
-        if self._inference: return
+        if self._inference or self._fit is None: return
         fit = self._fit
         fit.epoch = fit.base + self.epoch
         fit.warm = fit.lr_find or fit.epoch < self.warmup
@@ -169,6 +170,7 @@ class LPCallback(Callback):
 
     def before_train(self):
         "The transductive step, and everything that the epoch's batches need"
+        if self._fit is None: raise ValueError("there is no training item: a Learner from load_learner comes without data; set learn.dls before the fit")
         if self._fit.due: self._update()
         self._prepare()
 
@@ -244,7 +246,7 @@ class LPCallback(Callback):
         self.learn.loss_func = unwrap_loss(self.loss_func)
 
     def after_epoch(self):
-        if self._inference: return
+        if self._inference or self._fit is None: return
         self._fit.thaw()  # an epoch that another callback cancelled has not used its order
         self.learn.loss_func = unwrap_loss(self.loss_func)
         if not self._fit.lr_find: self._course = self._fit.epoch+1

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .graph import _rows, csr, normalize
 from .diffusion import diffuse

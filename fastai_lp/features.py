@@ -15,6 +15,7 @@ from torch import nn
 from fastai.layers import AdaptiveConcatPool2d
 from fastai.learner import Learner
 from fastai.torch_core import get_random_states, progress_bar, set_random_states
+from fastai.vision.learner import TimmBody
 
 from .graph import rows_not_finite
 
@@ -34,11 +35,12 @@ def find_classifier(
 _pools = AdaptiveConcatPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d
 
 
-def _head_pool(model):
-    "The pooling that a fastai vision head starts with, or None"
-    head = list(model.children())[-1:]
-    first = list(head[0].children())[:1] if head and isinstance(head[0], nn.Sequential) else []
-    return first[0] if first and isinstance(first[0], _pools) else None
+def _pooled_by(model):
+    "The module whose output is what a backbone gives to a fastai vision head: the pooling that the head starts with, or a body of timm's that pools itself; or None"
+    parts = list(model.children())
+    first = list(parts[-1].children())[:1] if parts and isinstance(parts[-1], nn.Sequential) else []
+    if first and isinstance(first[0], _pools): return first[0]
+    return parts[0] if parts and isinstance(parts[0], TimmBody) and not parts[0].needs_pool else None
 
 # %% ../nbs/12_features.ipynb #bc0279a3
 def find_descriptor(
@@ -46,12 +48,12 @@ def find_descriptor(
     n_classes:int, # c
     layer=None, # module, or its name in `model.named_modules()`, whose output is the descriptor; None: find it
 )->tuple[nn.Module, bool]: # (module, whether its input rather than its output is the descriptor)
-    """Where φ is read: the output of the pooling that a fastai vision head starts with, else the input of the classifier.
+    """Where φ is read: what the backbone gives to a fastai vision head, pooled; else the input of the classifier.
 
     A vision head's last Linear sees a hidden layer that starts from random weights; what is pooled has the backbone's
     geometry from the first epoch on. Raises `ValueError` where no classifier is found or `layer` is not in the model."""
     if layer is None:
-        pool = _head_pool(model)
+        pool = _pooled_by(model)
         return (find_classifier(model, n_classes), True) if pool is None else (pool, False)
     names = dict(model.named_modules())
     if isinstance(layer, str):

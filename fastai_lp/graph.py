@@ -11,7 +11,6 @@ import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import faiss  # after torch: its CUDA 12 libraries must not be loaded before torch's own
 
 # %% ../nbs/00_graph.ipynb #d774cfac

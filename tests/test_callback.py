@@ -24,7 +24,6 @@ from conftest import Look, blob_learner, blob_model, blobs, flat_weights
 from fastai_lp.callback import LPCallback, truth_of
 from fastai_lp.data import SemiCategorize, SemiCategoryBlock, semi_dls
 from fastai_lp.labelers import Diffusion, NetworkPrediction
-from fastai_lp.losses import PseudoLabelLoss
 from fastai_lp.pseudo import PseudoLabels
 
 E = pytest.raises
@@ -253,7 +252,9 @@ def test_inference_is_as_without_the_callback(tmp_path, data, graphs):
 class Break(Callback):
     "Raises `error` in the `at`-th batch, or at an event"
     order = 10
-    def __init__(self, error, event='after_pred', at=3): self.error, self.at, setattr_ = error, at, setattr(self, event, self.go)
+    def __init__(self, error, event='after_pred', at=3):
+        self.error, self.at = error, at
+        setattr(self, event, self.go)
     def go(self):
         self.at -= 1
         if self.at == 0: raise self.error

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.data.block import DataBlock, TransformBlock
-from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.core import Datasets, TfmdDL
 from fastai.data.transforms import ColReader, IndexSplitter, RandomSplitter
 from fastai.tabular.core import Categorify, Normalize, TabularPandas
 from fastai.data.block import CategoryBlock

@@ -2,8 +2,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.layers import AdaptiveConcatPool2d
-from fastai.torch_core import set_seed
 from fastai.vision.learner import create_timm_model, create_vision_model
 from fastai.vision.models.xresnet import xresnet18
 from torch import nn
@@ -19,6 +17,7 @@ from fastai_lp.features import L2Linear, add_l2norm, extract_features, find_clas
     (lambda: create_timm_model('resnet18', 4, pretrained=False)[0], 1024),
     (lambda: xresnet18(n_out=4), 512),
     (lambda: resnet18(num_classes=4), 512),
+    (lambda: create_timm_model('test_vit', 4, pretrained=False, img_size=64)[0], 64),  # a transformer, which pools itself
 ])
 def test_descriptor_of_common_models(make, d):
     model = make().eval()

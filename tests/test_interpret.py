@@ -17,7 +17,7 @@ from fastai_lp.curation import label_issues, suggest
 from fastai_lp.data import SemiImageDataLoaders, semi_dls
 from fastai_lp.datasets import digits_folder
 from fastai_lp.experiments import Recipe, run_experiment
-from fastai_lp.interpret import LPInterpretation, plot_accuracy, plot_certainty, plot_toy, toy
+from fastai_lp.interpret import LPInterpretation, plot_certainty, plot_toy, toy
 from fastai_lp.labelers import NetworkPrediction
 from fastai_lp.models import small_convnet
 from fastai_lp.pseudo import PseudoLabels, advice, propagate

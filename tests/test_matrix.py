@@ -25,6 +25,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip, ShortEp
 from fastai.data.block import DataBlock
 from fastai.data.transforms import CategoryMap, ColReader, ColSplitter
 from fastai.interpret import ClassificationInterpretation
+from fastai.learner import load_learner
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastai.tabular.core import Categorify, FillMissing, Normalize
@@ -549,7 +550,7 @@ def export(make):
     assert history == learn.lp_record.history and pseudo is None
 
 
-# What plain fastai refuses: its error, or None where it shows nothing, or where it depends on the machine
+# What plain fastai refuses: its error, or None where it shows nothing
 
 TABLE = dict(mixup="'tuple' object has no attribute 'device'", cutmix="'tuple' object has no attribute 'size'", tta='set_split_idx', top_losses=None)
 CANNOT = dict(vision_learner={}, timm={}, tabular_learner=TABLE, tabular_learner_one_stream=TABLE,
@@ -602,12 +603,23 @@ def test_lr_find_before_the_callback_is_there(kind, images, tmp_path):
     labeled_all(learn, cb, [0])
 
 
-@pytest.mark.parametrize('column', [pd.Series(labels(True), dtype=object), pd.Series([o or '' for o in labels(True)]), pd.Categorical(labels(True)),
-                                    pd.Series([c if o else None for c, o in zip(CLASS, labels(True))], dtype='Int64')], ids=['None', 'empty', 'category', 'NA'])
-def test_missing_targets_of_a_table(column):
-    dls = TabularDataLoaders.from_df(table(True).assign(meal=column), procs=[Normalize], cont_names=list('xyz'), y_names='meal', y_block=SemiCategoryBlock,
+@pytest.mark.parametrize('meals', [pd.Series(labels(True), dtype=object), pd.Series([o or '' for o in labels(True)]), pd.Categorical(labels(True)),
+                                   pd.Series([c if o else None for c, o in zip(CLASS, labels(True))], dtype='Int64')], ids=['None', 'empty', 'category', 'NA'])
+def test_missing_targets_of_a_table(meals):
+    dls = TabularDataLoaders.from_df(table(True).assign(meal=meals), procs=[Normalize], cont_names=list('xyz'), y_names='meal', y_block=SemiCategoryBlock,
                                      valid_idx=VALID, bs=16, device='cpu')
     assert len(dls.vocab) == dls.c == 3 and dls.vocab == sorted(dls.vocab)
     assert torch.equal(targets_of(dls.train) < 0, torch.arange(60) >= 12)
-    shown = dls.train_ds.decode().items.meal.tolist()
-    assert [str(o) for o in shown] == [str(o) if i < 12 else '?' for i, o in enumerate(table(True).assign(meal=column).meal[:60])]
+    assert [str(o) for o in dls.train_ds.decode().items.meal] == [str(o) if i < 12 else '?' for i, o in enumerate(table(True).assign(meal=meals).meal[:60])]
+
+
+@pytest.mark.parametrize('kind', ['Learner', 'timm', 'text_classifier_learner'])
+def test_an_exported_learner_has_no_data(kind, images, tmp_path):
+    make = Make(kind, images, tmp_path)
+    make.fitted().export('export.pkl')
+    there = load_learner(tmp_path/'export.pkl')
+    dl = there.dls.test_dl(make.items[:4])
+    with inference(there): plain = there.tta(dl=dl, n=2, beta=None)[0][1]
+    torch.testing.assert_close(plain, there.get_preds(dl=dl)[0], rtol=1e-4, atol=1e-5)
+    for kwargs in ({}, dict(start_epoch=1)):
+        with pytest.raises(ValueError, match='comes without data'): there.fit(2, **kwargs)
