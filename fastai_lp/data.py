@@ -7,7 +7,7 @@ __all__ = ['TwoStreamDL', 'is_unlabeled', 'SemiCategorize', 'SemiCategoryBlock',
            'targets_of', 'TwoStream', 'two_stream', 'warn_of_unlabeled_validation', 'semi_dls', 'FolderLabel',
            'SemiImageDataLoaders']
 
-# %% ../nbs/11_data.ipynb #1312d5e8
+# %% ../nbs/11_data.ipynb #e81a7360
 import hashlib
 import random
 import warnings
@@ -28,7 +28,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize, Category, CategoryMap, ColReader, ColSplitter, get_image_files, parent_label
 from fastai.tabular.core import Tabular
-from fastai.torch_core import TensorCategory
+from fastai.torch_core import TensorCategory, apply
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 
@@ -181,7 +181,7 @@ def targets_of(
 def _target(o):
     return o.item() if isinstance(o, (torch.Tensor, np.generic)) and o.ndim == 0 else o
 
-# %% ../nbs/11_data.ipynb #75154ab5
+# %% ../nbs/11_data.ipynb #bac9dda8
 class TwoStream:
     """Mixin for a DataLoader: each batch has `labeled_bs` labeled and `bs − labeled_bs` unlabeled items.
 
@@ -234,6 +234,11 @@ class TwoStream:
         res, self._pool = self._pool[:n], self._pool[n:]
         return res
 
+    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
+        "As in fastai, but with labeled and unlabeled items in turn: in a batch itself the labeled ones come first"
+        if b is None and not unique: b = _in_turn(self.one_batch())
+        return super().show_batch(b, max_n, ctxs, show, unique, **kwargs)
+
     def new(self, dataset=None, cls=None, **kwargs):
         shuffle = kwargs.get('shuffle', kwargs.get('shuffled', self.shuffle))  # fastai's tta writes shuffled
         if (dataset is None or dataset is self.dataset) and shuffle:
@@ -246,6 +251,12 @@ class TwoStream:
 
 _how_to_unlabel = ("leave the labels of the others missing and build the data with SemiCategoryBlock, or use "
                    "SemiImageDataLoaders.from_folder(path, unlabeled='unsup')")
+
+
+def _in_turn(b):
+    labeled = b[-1].as_subclass(torch.Tensor).flatten() >= 0
+    order = torch.where(labeled, 2*labeled.cumsum(0), 2*(~labeled).cumsum(0) + 1).argsort()
+    return apply(lambda o: o[order], b)
 
 
 def _blank(base): return object.__new__(two_stream(base))
