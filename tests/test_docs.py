@@ -1,0 +1,74 @@
+"The notebooks as pages: each listed, titled, free of stored errors; badges for Colab; links that lead somewhere."
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+root = Path(__file__).resolve().parents[1]
+nbs = root/'nbs'
+notebooks = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and '_proc' not in p.parts)
+pages = {p.stem.split('_', 1)[-1] if p.parent == nbs and p.stem[0].isdigit() else p.relative_to(nbs).with_suffix('').as_posix() for p in notebooks}
+each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(nbs).as_posix())
+
+
+def test_sidebar_lists_every_notebook_once():
+    def leaves(o): return [o] if isinstance(o, str) else [x for part in (o.get('contents', []) if isinstance(o, dict) else o) for x in leaves(part)]
+    listed = leaves(yaml.safe_load((nbs/'_quarto.yml').read_text())['website']['sidebar']['contents'])
+    assert sorted(listed) == sorted(p.relative_to(nbs).as_posix() for p in notebooks)
+
+
+@each_notebook
+def test_begins_with_title_and_summary(path):
+    first = nbformat.read(path, 4).cells[0]
+    assert first.cell_type == 'markdown' and re.fullmatch(r'# \S.*\n\n> \S.*', first.source)
+
+
+@each_notebook
+def test_was_run_without_errors(path):
+    code = [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+    outputs = [o for c in code for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == 'error']
+    assert outputs or not re.search(r'plt\.|print\(', ''.join(c.source for c in code))
+
+
+@each_notebook
+def test_asserts_something(path):
+    source = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code')
+    assert re.search(r'^\s*(assert|test_\w+\()', source, re.M)
+
+
+@each_notebook
+def test_links_to_pages_lead_somewhere(path):
+    text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    for link in re.findall(r'\]\(([^)#]+\.html)', text):
+        if '://' in link: continue
+        page = (path.parent/link).resolve().relative_to(nbs).with_suffix('').as_posix()
+        assert page in pages, f'{link}: no such page'
+
+
+def test_badges(tmp_path):
+    folder = tmp_path/'nbs'
+    shutil.copytree(nbs, folder, ignore=shutil.ignore_patterns('data', '_proc', '.ipynb_checkpoints'))
+    sys.path.insert(0, str(root/'.ci'))
+    try: from badges import add_badges
+    finally: sys.path.pop(0)
+    for _ in range(2): assert len(add_badges(folder, 'somebody/fastai_lp')) == len(notebooks)
+    for p in notebooks:
+        old, new = nbformat.read(p, 4).cells, nbformat.read(folder/p.relative_to(nbs), 4).cells
+        assert [c.source for c in new[:1]+new[3:]] == [c.source for c in old]
+        assert new[1].source.endswith(f'/github/somebody/fastai_lp/blob/gh-pages/colab/{p.relative_to(nbs).as_posix()})')
+        assert new[2].source.endswith('pip install -q git+https://github.com/somebody/fastai_lp')
+    res = subprocess.run([sys.executable, root/'.ci'/'badges.py'], capture_output=True, text=True)
+    assert res.returncode and 'OWNER/NAME' in res.stderr
+
+
+def test_contributing_names_commands_that_exist():
+    text = (root/'CONTRIBUTING.md').read_text()
+    commands = re.findall(r'^\| `([\w-]+)` \|', text, re.M)
+    assert commands == ['nbdev-export', 'nbdev-clean', 'nbdev-test', 'pytest']
+    for o in commands: assert shutil.which(o, path=str(Path(sys.executable).parent))
