@@ -1,4 +1,6 @@
 "LPCallback in a Learner's life: what it does, when, and that it leaves no trace."
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -153,6 +155,33 @@ def test_true_labels_of_weight_one_train_as_fastai_does(data, extra, loss_func):
         learn.fit(2, .1, cbs=[*cbs, *([extra()] if extra else [])])
         return flat_weights(learn)
     torch.testing.assert_close(run(data.labels, LPCallback(Oracle(data.truth[:120]))), run(data.truth.tolist()), rtol=1e-5, atol=1e-6)
+
+
+def moons_in_a_row(sizes, shown, seed=0):
+    "Long thin classes of `sizes` items, of which the first `shown` are labeled, those at one end; as `blobs` gives them"
+    g = torch.Generator().manual_seed(seed)
+    along = torch.cat([torch.linspace(-1, 1, n) for n in sizes])
+    truth = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    x = torch.stack([along*3, truth + .5*along.abs(), torch.ones_like(along)], 1) + .03*torch.randn(len(truth), 3, generator=g)
+    labels = [int(t) if i < start+m else None for t, start, n, m in zip(range(len(sizes)), torch.tensor([0, *sizes]).cumsum(0).tolist(), sizes, shown) for i in range(start, start+n)]
+    return SimpleNamespace(x=torch.cat([x, x[::5]]), truth=torch.cat([truth, truth[::5]]), labels=labels + truth[::5].tolist(), n_train=len(truth), c=len(sizes), d=3)
+
+
+@pytest.mark.parametrize('sizes, shown', [((100, 100, 100), (1, 1, 1)), ((200, 60, 20), (10, 3, 1)), ((200, 60, 20), (1, 1, 1)), ((60, 60, 60), (30, 1, 1))], ids=str)
+def test_one_label_per_class_and_imbalance(sizes, shown):
+    data = moons_in_a_row(sizes, shown)
+    truth, recalls = data.truth[:data.n_train], {}
+    for name, cb in dict(alone=LPCallback(warmup=60), lp=LPCallback(max_iter=100)).items():
+        learn = blob_learner(data)
+        learn.fit(60 if name == 'alone' else 8, 1e-2, cbs=cb)
+        pred = learn.get_preds()[0].argmax(1)
+        recalls[name] = torch.stack([(pred[t == c] == c).float().mean() for t in [data.truth[data.n_train:]] for c in range(3)])
+    p = learn.lp_record.pseudo
+    assert p.labeled.sum() == sum(shown) and p.reached.all()
+    assert min((p.labels[truth == c] == c).float().mean() for c in range(3)) > .8
+    count = torch.bincount(p.labels, minlength=3)
+    torch.testing.assert_close(p.class_weights*count, torch.full((3,), data.n_train/3))
+    assert recalls['lp'].min() > .85 and recalls['lp'].mean() > recalls['alone'].mean(), recalls
 
 
 def test_weight_zero_moves_nothing(data):
