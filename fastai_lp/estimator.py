@@ -41,7 +41,7 @@ def _from_scipy(W):
     if abs(W - W.T).max() > 1e-5*abs(W).max(): raise ValueError("the precomputed affinity is not symmetric: pass W + W.T, or (W + W.T)/2")
     return csr(*(torch.from_numpy(o.copy()) for o in (W.indptr.astype(np.int64), W.indices.astype(np.int64), W.data)), W.shape[0])
 
-# %% ../nbs/23_estimator.ipynb #5b7fa9ba
+# %% ../nbs/23_estimator.ipynb #645a3f0a
 _CHUNK = 4096  # new rows at a time
 
 
@@ -49,9 +49,9 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
     """Semi-supervised classifier: labels diffused over the k-nearest-neighbour graph of the rows (Eq. 7, 9–11).
 
     In `y`, −1 means unlabeled (unless there is only one other class: then both are classes, with a warning); in an array of
-    strings or objects also None, NaN and ''. Rows are compared by cosine: use
-    embeddings, tf-idf, or standardised columns. A row of zeros, or one in a part of the graph without a label, is reached by no
-    label: its distribution is uniform, its label −1 ('' where the classes are strings), and `reached_` says so.
+    strings or objects also None, NaN and ''. Rows are compared by cosine: use embeddings, tf-idf, or standardised columns.
+    A row of zeros, or one in a part of the graph without a label, is reached by no label: its distribution is uniform, its
+    label −1 ('' where the classes are strings), and `reached_` says so.
 
     Attributes after `fit`: `classes_` [c]; `transduction_` [n], the given label or the pseudo-label; `label_distributions_`
     [n, c], rows that sum to 1; `certainty_` [n], ω in [0, 1], 1 for labeled rows; `reached_` bool [n]; `affinity_` [n, n],

@@ -33,6 +33,7 @@ def test_was_run_without_errors(path):
     code = [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
     outputs = [o for c in code for o in c.outputs]
     assert not [o for o in outputs if o.output_type == 'error']
+    assert not [o for o in outputs if o.get('name') == 'stderr'], 'the page would show warnings of whoever ran it last'
     assert outputs or not re.search(r'plt\.|print\(', ''.join(c.source for c in code))
 
 
