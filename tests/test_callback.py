@@ -424,8 +424,8 @@ def test_pseudo_labels_of_other_data_are_not_used(data):
     assert [h['epoch'] for h in cb.record.history] == [0, 1, 2, 3]           # the same data: the last ones hold
 
 
-def test_columns_of_epochs_without_an_update(data):
-    learn = blob_learner(data)
+def test_columns_of_epochs_without_an_update(data, tmp_path):
+    learn = blob_learner(data, path=tmp_path)
     learn.fit(4, cbs=[LPCallback(warmup=1, every=2), SaveModelCallback(monitor='lp_certainty', fname='best')])
     certainty, sec = zip(*[v[-2:] for v in learn.recorder.values])
     assert certainty[0] != certainty[0] and certainty[1] == certainty[2]
