@@ -69,6 +69,17 @@ def graphs(monkeypatch):
     return calls
 
 
+def test_imagewang_layout(tmp_path):
+    "fastai's Image网: the validation set has some of the classes, `unsup` has no folders, and no name tells a class"
+    for n, (name, data) in zip(range(36), made_up_files()):
+        where = 'unsup' if n >= 24 else f'val/{name}' if n >= 12 and name != CLASSES[2] else f'train/{name}'
+        (tmp_path/where).mkdir(parents=True, exist_ok=True)
+        (tmp_path/where/f'{n:03}.jpg').write_bytes(data)
+    dls = SemiImageDataLoaders.from_folder(tmp_path, valid='val', item_tfms=Resize(32), bs=8, num_workers=0, device='cpu')
+    assert list(dls.vocab) == CLASSES and {dls.vocab[i] for i in targets_of(dls.valid)} == set(CLASSES[:2])
+    assert (dls.train.targets < 0).sum() == 12 and len(dls.train_ds) == 28 and len(dls.valid_ds) == 8
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_folder_to_exported_model(folder, workers, graphs, tmp_path):
     set_seed(0, reproducible=True)
