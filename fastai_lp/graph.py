@@ -41,7 +41,7 @@ def as_rows(
         raise ValueError(f"features of item(s) {bad} are NaN or infinite: look at these items, or lower the learning rate if training has diverged")
     return x
 
-# %% ../nbs/00_graph.ipynb #935fc441
+# %% ../nbs/00_graph.ipynb #b0e87cf3
 def _clamp_k(k, n):
     if n < 2: raise ValueError(f"a graph needs at least 2 items, got {n}")
     if k is None: return min(default_k(n), n-1)
@@ -53,8 +53,9 @@ def _clamp_k(k, n):
 
 
 def _drop_self(sims, idxs):
-    "Of k+1 neighbours, the k that are not the item itself; where duplicates crowded it out, the first k"
+    "Of k+1 neighbours, the k that are not the item itself; where duplicates crowded it out, the first k. Some indexes (NSG) name an item twice"
     own = idxs == torch.arange(len(idxs), device=idxs.device)[:, None]
+    idxs, own = idxs.masked_fill(own, -1), own & (own.cumsum(1) == 1)
     own[:, -1] |= ~own.any(1)
     return sims[~own].view(len(idxs), -1), idxs[~own].view(len(idxs), -1)
 

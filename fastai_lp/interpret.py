@@ -102,7 +102,7 @@ def plot_accuracy(
     ax.legend()
     return ax
 
-# %% ../nbs/22_interpret.ipynb #050200e9
+# %% ../nbs/22_interpret.ipynb #405f1d98
 class LPInterpretation:
     "What a fit with `LPCallback` made of the unlabeled items: figures, tables, what to label next and which labels to doubt"
     def __init__(self,
@@ -237,11 +237,13 @@ class LPInterpretation:
         if not idxs: raise ValueError("no item to show")
         if titles is None: titles = [f'{o.label} ({o.certainty:.2f})' for o in self.to_df().loc[idxs].itertuples()]
         ds = self.dl.dataset
-        if isinstance(ds, Tabular): return ds.iloc[idxs].decode().items.assign(**{'pseudo-label': titles})
-        first = [ds[i][0] for i in idxs]
-        if not all(isinstance(o, (PILBase, TensorImageBase)) or isinstance(o, torch.Tensor) and o.ndim == 3 for o in first):
-            rows = ds.items.iloc[idxs] if hasattr(ds.items, 'iloc') else pd.DataFrame(dict(item=[ds.items[i] for i in idxs]), index=idxs)
-            return rows.assign(**{'pseudo-label': titles})
+        first = None if isinstance(ds, Tabular) else [ds[i][0] for i in idxs]
+        if not first or not all(isinstance(o, (PILBase, TensorImageBase)) or isinstance(o, torch.Tensor) and o.ndim == 3 for o in first):
+            rows = (ds.iloc[idxs].decode().items if isinstance(ds, Tabular) else ds.items.iloc[idxs] if hasattr(ds.items, 'iloc')
+                    else pd.DataFrame(index=idxs)).set_axis(idxs)
+            rows = rows.assign(**{'pseudo-label': titles})
+            rows.insert(0, 'item', self.items[idxs], allow_duplicates=True)
+            return rows
         rows = max(1, round((len(idxs)/2)**.5))
         cols = math.ceil(len(idxs)/rows)
         fig, axes = plt.subplots(rows, cols, figsize=(1.7*cols, 1.9*rows), squeeze=False, layout='constrained')

@@ -123,7 +123,7 @@ def test_rows_of_a_table_join_by_their_index():
     known = joined[:data.n_train].dropna(subset='y')
     assert len(known) == 9 and (known.y == known.label).all() and set(joined.label.dropna()) == set('uvw')
     shown = interp.show([0, 4])
-    assert shown.index.tolist() == interp.to_df().item[[0, 4]].tolist() == [1000, 1004]
+    assert shown.item.tolist() == interp.to_df().item[[0, 4]].tolist() == [1000, 1004] and interp.show(shown.index).equals(shown)
     np.testing.assert_allclose(shown[list('abcdefgh')], df.loc[[1000, 1004], list('abcdefgh')], atol=1e-3)   # as they came, not normalised
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn.semi_supervised import LabelSpreading
 
 from fastai_lp.diffusion import diffuse
-from fastai_lp.graph import affinity, knn, normalize
+from fastai_lp.graph import _drop_self, affinity, knn, normalize
 from fastai_lp.pseudo import PseudoLabels, certainty, class_weights, from_scores, propagate, seed_matrix
 
 
@@ -144,6 +144,12 @@ def test_duplicates_zero_vectors_and_half_precision():
     assert torch.isfinite(p.weights).all() and p.labels[50:100].unique().numel() == 1
     for z in (x.half(), x.double(), x.double().numpy(), x.numpy()[:, ::-1]):
         assert (propagate(z, y, k=8).labels == p.labels).float().mean() > .97
+
+
+def test_an_index_that_names_the_item_twice_or_not_at_all():
+    idxs = torch.tensor([[0, 2, 0, 1], [3, 2, 1, 0], [1, 0, 3, 4]])
+    sims, idxs = _drop_self(torch.arange(4., 0, -1).expand(3, 4), idxs)
+    assert idxs.tolist() == [[2, -1, 1], [3, 2, 0], [1, 0, 3]] and sims.tolist() == [[3, 2, 1], [4, 3, 1], [4, 3, 2]]
 
 
 @pytest.mark.parametrize('backend', ['faiss', 'torch'])
