@@ -181,14 +181,15 @@ def targets_of(
 def _target(o):
     return o.item() if isinstance(o, (torch.Tensor, np.generic)) and o.ndim == 0 else o
 
-# %% ../nbs/11_data.ipynb #bac9dda8
+# %% ../nbs/11_data.ipynb #2d4a6c0c
 class TwoStream:
     """Mixin for a DataLoader: each batch has `labeled_bs` labeled and `bs − labeled_bs` unlabeled items.
 
     An epoch is one pass over the unlabeled items; labeled ones cycle through endless reshuffles. While `labeled_only` is
-    set, an epoch draws full batches of labeled items only. A DataLoader made from it by `new` for another dataset, or
-    without shuffling, is of the class it was mixed into."""
-    labeled_only = False
+    set, an epoch draws full batches of labeled items only. `two_views` makes every batch twice as long: its items, and
+    the same items again, each augmented anew. A DataLoader made from it by `new` for another dataset, or without shuffling,
+    is of the class it was mixed into, and has one view."""
+    labeled_only, views = False, 1
     _unlabeled = None  # until __init__ is done: some base classes iterate in theirs
 
     def __init__(self, dataset=None, *args,
@@ -210,19 +211,20 @@ class TwoStream:
 
     def __len__(self):
         if self._unlabeled is None: return super().__len__()
-        if self.labeled_only: return max(1, len(self._labeled)//self.bs)
-        full, rest = divmod(len(self._unlabeled), self.bs-self.labeled_bs)
+        bs = self.bs//self.views
+        if self.labeled_only: return max(1, len(self._labeled)//bs)
+        full, rest = divmod(len(self._unlabeled), bs-self.labeled_bs)
         return max(1, full + (rest > 0 and not self.drop_last))
 
     def get_idxs(self):
         if self._unlabeled is None: return super().get_idxs()
         unlabeled = iter([] if self.labeled_only else self.rng.sample(self._unlabeled, len(self._unlabeled)))
-        idxs = []
+        idxs, bs = [], self.bs//self.views
         for _ in range(len(self)):
-            some = list(islice(unlabeled, self.bs-self.labeled_bs))
+            some = list(islice(unlabeled, bs-self.labeled_bs))
             # a batch that the unlabeled items do not fill, and that would be dropped, is filled with labeled ones
             full = self.drop_last or self.labeled_only
-            idxs += self._longest_first(self._draw_labeled(self.bs-len(some) if full else self.labeled_bs) + some)
+            idxs += self._longest_first(self._draw_labeled(bs-len(some) if full else self.labeled_bs) + some)*self.views
         return idxs
 
     def _longest_first(self, batch):
@@ -239,7 +241,15 @@ class TwoStream:
         if b is None and not unique: b = _in_turn(self.one_batch())
         return super().show_batch(b, max_n, ctxs, show, unique, **kwargs)
 
+    def two_views(self,
+        on:bool=True, # False: one again
+    ):
+        "Emit the indices of every batch twice; `bs` doubles, the number of batches stays"
+        views = 2 if on else 1
+        self.bs, self.views = self.bs*views//self.views, views
+
     def new(self, dataset=None, cls=None, **kwargs):
+        kwargs.setdefault('bs', self.bs//self.views)
         shuffle = kwargs.get('shuffle', kwargs.get('shuffled', self.shuffle))  # fastai's tta writes shuffled
         if (dataset is None or dataset is self.dataset) and shuffle:
             kwargs = dict(labeled_bs=self._given_bs, targets=self.targets) | kwargs
