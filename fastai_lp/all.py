@@ -9,6 +9,7 @@ from fastai_lp.data import *
 from fastai_lp.features import *
 from fastai_lp.callback import *
 from fastai_lp.mean_teacher import *
+from fastai_lp.resume import *
 from fastai_lp.models import *
 from fastai_lp.interpret import *
 from fastai_lp.estimator import *

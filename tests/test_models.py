@@ -1,0 +1,209 @@
+"The networks: sizes and values against networks written out plainly, and all that a Learner does with a model."
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.learner import load_learner
+from fastai.torch_core import set_seed
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from conftest import blob_learner, blobs
+from fastai_lp.callback import LPCallback
+from fastai_lp.features import L2Linear, extract_features, find_classifier, find_descriptor
+from fastai_lp.models import ConvNet13, WNConv2d, WNL2Linear, WNLinear, resnet18_84
+
+CONVS = [(3, 128, 3, 1), (128, 128, 3, 1), (128, 128, 3, 1), (128, 256, 3, 1), (256, 256, 3, 1), (256, 256, 3, 1), (256, 512, 3, 0), (512, 256, 1, 0), (256, 128, 1, 0)]
+
+
+def images(n=4, size=12, seed=0): return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def n_params(m): return sum(p.numel() for p in m.parameters())
+
+
+@pytest.mark.parametrize('make, plain, x', [
+    (lambda: WNConv2d(3, 8, 3, padding=1, bias=False), lambda: nn.Conv2d(3, 8, 3, padding=1, bias=False), images()),
+    (lambda: WNLinear(6, 5), lambda: nn.Linear(6, 5), torch.randn(7, 6)),
+    (lambda: WNL2Linear(6, 5), lambda: L2Linear(6, 5), torch.randn(7, 6))], ids=['conv', 'linear', 'l2'])
+def test_weight_norm_is_torchs_and_can_be_pickled(make, plain, x):
+    torch.manual_seed(0)
+    ours = make()
+    torch.manual_seed(0)
+    init = plain()
+    torch.testing.assert_close(ours.weight, init.weight)    # torch's initialisation, unchanged
+    ref = weight_norm(init)
+    opts = [torch.optim.SGD(m.parameters(), lr=.1, weight_decay=.01) for m in (ours, ref)]
+    for _ in range(5):
+        for m, opt in zip((ours, ref), opts):
+            opt.zero_grad()
+            m(x).square().mean().backward()
+            opt.step()
+    torch.testing.assert_close(ours(x), ref(x))
+    torch.testing.assert_close(ours.weight_g, ref.parametrizations.weight.original0)
+    torch.testing.assert_close(ours.weight_v, ref.parametrizations.weight.original1)
+    assert {n for n, _ in ours.named_parameters()} - {'bias'} == {'weight_g', 'weight_v'}
+    for m in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)): assert torch.equal(m(x), ours(x))
+
+
+def reference13(net, x, l2):
+    "The 13-layer network written out with torch's own weight_norm, in evaluation mode, with the weights of `net`"
+    convs, norms = ([m for m in net.body.modules() if isinstance(m, t)] for t in (nn.Conv2d, nn.BatchNorm2d))
+    assert len(convs) == len(norms) == len(CONVS)
+    for i, ((n_in, n_out, ks, pad), conv, norm) in enumerate(zip(CONVS, convs, norms)):
+        ref = weight_norm(nn.Conv2d(n_in, n_out, ks, padding=pad, bias=False))
+        ref.parametrizations.weight.original0.data, ref.parametrizations.weight.original1.data = conv.weight_g.data, conv.weight_v.data
+        x = F.leaky_relu(F.batch_norm(ref(x), norm.running_mean, norm.running_var, norm.weight, norm.bias), .1)
+        if i in (2, 5): x = F.max_pool2d(x, 2)
+    x = x.mean((2, 3))
+    fc = weight_norm(nn.Linear(128, 10))
+    fc.parametrizations.weight.original0.data, fc.parametrizations.weight.original1.data, fc.bias.data = net.head1.weight_g.data, net.head1.weight_v.data, net.head1.bias.data
+    return fc(x/x.norm(dim=1, keepdim=True) if l2 else x)
+
+
+@pytest.mark.parametrize('l2', [True, False])
+def test_convnet13_is_the_network_written_out(l2):
+    torch.manual_seed(0)
+    net = ConvNet13(10, l2=l2)
+    net(images(8, 16))                       # BatchNorm statistics that are not the initial ones
+    with torch.no_grad():
+        for p in net.parameters(): p += .1*p.abs().mean()*torch.randn_like(p)
+        torch.testing.assert_close(net.eval()(images(2, 32)), reference13(net, images(2, 32), l2))
+
+
+@pytest.mark.parametrize('c, dual, n_in', [(10, False, 3), (100, True, 3), (7, True, 1)])
+def test_convnet13_number_of_parameters(c, dual, n_in):
+    convs = [(n_in, *CONVS[0][1:]), *CONVS[1:]]
+    expected = sum(i*o*k*k + o + 2*o for i, o, k, _ in convs) + (1+dual)*(128*c + c + c)    # v and g, BatchNorm's two; v, g and bias of a head
+    assert n_params(ConvNet13(c, dual=dual, n_in=n_in)) == expected
+
+
+@pytest.mark.parametrize('size', [12, 28, 32, 40])
+def test_convnet13_takes_images_of_any_size(size):
+    net = ConvNet13(5, n_in=1).eval()
+    assert net(torch.randn(2, 1, size, size)).shape == (2, 5)
+
+
+def test_convnet13_drops_out_in_training_only():
+    net, x = ConvNet13(5), images(2, 32)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.eval()
+    assert not torch.equal(net(x), net(x))
+    net.eval()
+    assert torch.equal(net(x), net(x)) and [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [.5, .5]
+
+
+@pytest.mark.parametrize('make, x', [(lambda l2: ConvNet13(5, l2=l2, dual=True), images()), (lambda l2: resnet18_84(5, l2=l2), images(2, 84))], ids=['13', 'resnet'])
+@pytest.mark.parametrize('l2', [True, False])
+def test_gradients_reach_every_parameter(make, x, l2):
+    torch.manual_seed(0)
+    net = make(l2)
+    out = net(x)
+    sum(F.cross_entropy(o, torch.arange(len(x))) for o in (out if isinstance(out, tuple) else (out,))).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize('head', [WNL2Linear(8, 5), ConvNet13(5).head1, resnet18_84(5).fc])
+def test_l2_takes_the_direction_of_the_descriptor_alone(head):
+    v = torch.randn(3, head.in_features)
+    torch.testing.assert_close(head(v), head(7*v))
+    torch.testing.assert_close(head(v), F.linear(v/v.norm(dim=1, keepdim=True), head.weight, head.bias))
+    assert isinstance(head, L2Linear)
+
+
+def test_without_l2_the_length_counts():
+    for head in (ConvNet13(5, l2=False).head1, resnet18_84(5, l2=False).fc):
+        v = torch.randn(3, head.in_features)
+        torch.testing.assert_close(head(7*v), 7*(head(v)-head.bias) + head.bias, atol=1e-4, rtol=1e-4)
+
+
+def test_dual_heads():
+    net, x = ConvNet13(5, dual=True), images()
+    one, two = net(x)
+    assert one.shape == two.shape == (4, 5) and not torch.equal(one, two)
+    net.eval()
+    assert torch.equal(net(x), net.head1(net.body(x)))
+    assert find_classifier(net, 5) is net.head1 and find_descriptor(net, 5) == (net.head1, True)
+    assert ConvNet13(5).head2 is None and isinstance(ConvNet13(5)(x), torch.Tensor)
+
+
+def test_resnet18_84_is_the_papers():
+    torch.manual_seed(0)
+    net = resnet18_84(64)
+    assert (net.conv1.kernel_size, net.conv1.stride) == ((7, 7), (2, 2)) and net(images(2, 84)).shape == (2, 64)
+    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
+        assert abs(conv.weight.std().item()/(2/(conv.out_channels*conv.kernel_size[0]**2))**.5 - 1) < .05, conv    # Kaiming, fan-out
+    block = lambda i, o: (i*o + o*o)*9 + 4*o + (i*o + 2*o if i != o else 0)
+    assert n_params(net) == 3*64*49 + 2*64 + sum(block(i, o) + block(o, o) for i, o in ((64, 64), (64, 128), (128, 256), (256, 512))) + 513*64
+    assert find_descriptor(net, 64) == (net.fc, True)
+
+
+@pytest.mark.parametrize('make, size', [(lambda: ConvNet13(5, dual=True), 12), (lambda: resnet18_84(5), 84)], ids=['13', 'resnet'])
+def test_copies_are_equal_and_independent(make, size, tmp_path):
+    net, x = make(), images(2, size)
+    out = net(x)                                                # also after a forward and backward pass
+    (out[0] if isinstance(out, tuple) else out).sum().backward()
+    net.eval()
+    torch.save(net.state_dict(), tmp_path/'weights.pth')
+    fresh = make().eval()
+    fresh.load_state_dict(torch.load(tmp_path/'weights.pth', weights_only=True))
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net)), fresh]
+    before = net(x)
+    for o in copies:
+        assert torch.equal(o(x), before)
+        with torch.no_grad(): find_classifier(o, 5).bias.add_(1)
+        torch.testing.assert_close(o(x), before+1)
+    assert torch.equal(net(x), before)
+
+
+@pytest.mark.parametrize('make, size', [(lambda: ConvNet13(5, dual=True), 16), (lambda: resnet18_84(5), 84)], ids=['13', 'resnet'])
+def test_bfloat16_and_channels_last(make, size):
+    torch.manual_seed(0)
+    net, x = make(), images(4, size)
+    net(x)
+    ref = net.eval()(x)
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), ref, atol=1e-4, rtol=1e-4)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = net(x)
+        assert out.dtype == torch.bfloat16 and (out.float()-ref).abs().max() < .05*ref.abs().max()
+        loss = net.train()(x)
+        (loss[0] if isinstance(loss, tuple) else loss).float().square().mean().backward()
+    first = next(p for p in net.parameters() if p.ndim == 4)
+    assert first.grad.dtype == torch.float32 and torch.isfinite(first.grad).all()
+
+
+class FirstHead(Callback):
+    def after_pred(self):
+        if isinstance(self.pred, tuple): self.learn.pred = self.pred[0]
+
+
+def image_learner(tmp_path, model, cbs=None):
+    data = blobs(n=48, d=3*12*12, per_class=4, n_valid=12)
+    data.x = data.x.view(-1, 3, 12, 12)
+    set_seed(0)
+    return blob_learner(data, model=model(), path=tmp_path, cbs=cbs)
+
+
+@pytest.mark.parametrize('dual', [False, True])
+def test_ordinary_use_in_a_learner(dual, tmp_path):
+    learn = image_learner(tmp_path, lambda: ConvNet13(3, dual=dual), FirstHead() if dual else None)
+    learn.fit(2, 1e-3, cbs=LPCallback(k=5))
+    assert learn.lp_record.pseudo.reached.all() and len(learn.validate()) == 2
+    learn.remove_cb(FirstHead)     # in evaluation mode there is nothing to take apart
+    preds, targets = learn.get_preds()
+    assert preds.shape == (12, 3)
+    x = learn.dls.valid_ds[0][0]
+    found = extract_features(learn)
+    assert found.feats.shape == (36, 128) and found.logits.shape == (36, 3)
+    net = learn.model.eval()
+    all_x = torch.stack([o[0] for o in learn.dls.train_ds])
+    with torch.no_grad():
+        torch.testing.assert_close(found.feats, F.normalize(net.body(all_x)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.logits, net.head1(net.body(all_x)), atol=1e-5, rtol=1e-5)
+    learn.export('net.pkl')
+    loaded = load_learner(tmp_path/'net.pkl')
+    with torch.no_grad(): torch.testing.assert_close(loaded.model.eval()(x[None]), net(x[None]))
