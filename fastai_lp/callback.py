@@ -88,7 +88,7 @@ class FitScoped(Callback):
             if event_type == 'epoch': self.restore()
             raise
 
-# %% ../nbs/13_callback.ipynb #a89224bc
+# %% ../nbs/13_callback.ipynb #5f8c4bed
 @delegates(Diffusion)
 class LPCallback(FitScoped):
     """Train on all items with pseudo-labels by label propagation, renewed at the start of each epoch (Algorithm 1).
@@ -105,13 +105,14 @@ class LPCallback(FitScoped):
         warmup:int=0, # T of Algorithm 1: first epochs, on labeled items only. Counted, as `every`, over the callback's life, so `fine_tune`'s two fits are one course
         every:int=1, # renew the pseudo-labels every so many epochs (the paper: each epoch)
         layer=None, # module, or its name, whose output is the descriptor; None: see `features.find_descriptor`
+        augment:bool=False, # take the descriptors of augmented items, as the authors' program does; clean ones are those that a new item will have
         truth=None, # true classes, for the figures only (see `truth_of`): they never reach the training. Choosing a model by them is a leak
         **graph
     ):
         if labeler is not None and graph: raise ValueError(f"labeler= has settings of its own: pass {', '.join(graph)} to it, not to LPCallback")
         if warmup < 0 or every < 1: raise ValueError(f"warmup={warmup}, every={every}: expected warmup >= 0 and every >= 1 epochs")
         self.labeler = Diffusion(**graph) if labeler is None else labeler
-        self.warmup, self.every, self.layer, self.truth = warmup, every, layer, truth
+        self.warmup, self.every, self.layer, self.augment, self.truth = warmup, every, layer, augment, truth
         self.record, self._course = LPRecord(), 0  # epochs of all fits so far
         self._fit = self._data = None
 
@@ -181,7 +182,7 @@ class LPCallback(FitScoped):
         fit, start = self._fit, time.perf_counter()
         progress = getattr(self.learn, 'progress', None)
         bar = dict(parent=getattr(progress, 'mbar', None), show=progress is not None)
-        found = extract_features(self.learn, self.layer, **bar)
+        found = extract_features(self.learn, self.layer, augment=self.augment, **bar)
         extracted = time.perf_counter()
         if found.logits.shape[1] != self.dls.c:
             raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")

@@ -124,23 +124,24 @@ def _pooled(v):
     if v.ndim != 2: raise ValueError(f"the descriptor layer gives shape {tuple(v.shape)}: expected [batch, d] or [batch, d, height, width]")
     return v.as_subclass(torch.Tensor).float()
 
-# %% ../nbs/12_features.ipynb #8b58a537
+# %% ../nbs/12_features.ipynb #a98ce55c
 @torch.no_grad()
 def extract_features(
     learn:Learner, # its model and training data
     layer=None, # see `find_descriptor`
     dl=None, # a fastai DataLoader; None: the training one
+    augment:bool=False, # augment the items, as in training: what the authors' program does
     parent=None, # master progress bar to show progress under
     show:bool=False, # show a progress bar
 )->Features:
-    """Descriptors and logits of every item of a DataLoader's dataset, without augmentation and in evaluation mode.
+    """Descriptors and logits of every item of a DataLoader's dataset, in evaluation mode and, unless asked for, without augmentation.
 
     Afterwards the model's modes, its BatchNorm statistics and the random number generators are as before. Raises
     `ValueError` where descriptors or logits are not finite (items named), or the DataLoader does not yield each item once."""
     dl = learn.dls.train if dl is None else dl
     dl = getattr(dl, 'dl', dl)
     module, is_input = find_descriptor(learn.model, learn.dls.c, layer)
-    clean = dl.dataset.set_split_idx(1) if hasattr(dl.dataset, 'set_split_idx') else nullcontext()
+    clean = dl.dataset.set_split_idx(1) if hasattr(dl.dataset, 'set_split_idx') and not augment else nullcontext()
     with _same_random_state(), clean, _eval_mode(learn.model), _captured(module, is_input) as seen:
         dl = dl.new(shuffle=False, drop_last=False)
         idxs = list(dl.get_idxs())

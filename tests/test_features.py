@@ -2,13 +2,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.learner import Learner
 from fastai.vision.learner import create_timm_model, create_vision_model
 from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from torchvision.models import resnet18
 
+import fastai_lp.callback
 from conftest import blob_learner, blob_model, blobs
+from fastai_lp.callback import LPCallback
+from fastai_lp.datasets import digits, digits_dls
 from fastai_lp.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
+from fastai_lp.models import small_convnet
 
 
 @pytest.mark.parametrize('make, d', [
@@ -42,7 +47,6 @@ def test_features_of_a_layer():
 
 def test_clean_items_although_training_augments():
     from fastai.data.core import Datasets
-    from fastai.learner import Learner
     from fastai.vision.augment import RandTransform
     from conftest import Look
     from fastai_lp.data import SemiCategorize
@@ -77,3 +81,16 @@ def test_layer_of_a_shape_that_is_no_descriptor():
     learn = blob_learner(model=nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Identity(), nn.Flatten(), nn.Linear(8, 3)))
     with pytest.raises(ValueError, match='expected \\[batch, d\\]'): extract_features(learn, layer='1')
     with pytest.raises(ValueError, match='is not in the model'): extract_features(learn, layer='head')
+
+
+def test_augmented_items_where_asked_for(monkeypatch):
+    learn = Learner(digits_dls(digits(20)), small_convnet(10))
+    clean = extract_features(learn).feats
+    a, b = (extract_features(learn, augment=True).feats for _ in range(2))
+    assert torch.equal(clean, extract_features(learn).feats) and torch.equal(a, b)  # the random state is as it was
+    assert ((a-clean).norm(dim=1) > 0).float().mean() > .99 and (a*clean).sum(1).mean() > .8
+    seen, real = [], fastai_lp.callback.extract_features
+    monkeypatch.setattr(fastai_lp.callback, 'extract_features', lambda *args, augment, **k: seen.append(augment) or real(*args, augment=augment, **k))
+    for augment in (True, False):
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=LPCallback(augment=augment))
+    assert seen == [True, False]
