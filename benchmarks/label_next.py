@@ -5,6 +5,7 @@ least certain, or as `suggest` asks. Digits, ten draws of the first labels, all 
 """
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import Digits, digits, digits_dls
+from fastai_lp.datasets import digits, digits_dls
 from fastai_lp.experiments import environment
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.models import small_convnet
@@ -31,7 +32,7 @@ def train(d, seed):
 def more(d, items):
     shown = d.shown.copy()
     shown[items] = d.truth[d.train][items]
-    return Digits(d.images, d.truth, d.train, d.test, shown)
+    return replace(d, shown=shown)
 
 
 def one(first, seed, m=20):
