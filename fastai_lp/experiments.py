@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'COLORS', 'Recipe', 'one_thread', 'train_digits', 'diffuse_digits', 'summarize', 'to_markdown', 'plot_runs',
-           'environment', 'run_experiment', 'lp_train']
+           'run_experiment', 'lp_train']
 
-# %% ../nbs/24_experiments.ipynb #ce44f519
+# %% ../nbs/24_experiments.ipynb #c906f7d8
 import json
-import platform
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,7 +24,7 @@ from fastai.callback.schedule import fit_one_cycle
 from fastai.learner import Learner
 from fastai.metrics import error_rate
 from fastai.torch_core import default_device, progress_bar, set_seed
-from fastcore.script import call_parse
+from fastcore.script import call_parse, store_true
 
 from .callback import LPCallback
 from .datasets import RandomAffine, digits, digits_dls
@@ -34,6 +32,7 @@ from .estimator import LabelDiffusion
 from .interpret import LPInterpretation
 from .labelers import Diffusion, NetworkPrediction
 from .models import small_convnet
+from .recipes import RECIPES, environment, paper_table, run_paper
 
 # %% ../nbs/24_experiments.ipynb #a00c87a5
 @dataclass
@@ -165,13 +164,7 @@ def plot_runs(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/24_experiments.ipynb #4e889c5d
-def environment()->dict:
-    "Versions and device, for the record of a run"
-    return dict(python=platform.python_version(), device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
-                **{o: version(o) for o in ('fastai_lp', 'fastai', 'torch', 'numpy', 'scikit-learn')})
-
-
+# %% ../nbs/24_experiments.ipynb #96638556
 def run_experiment(
     labels:int=20, # labeled items
     methods:list=('supervised', 'network', 'lp'), # keys of `METHODS`
@@ -210,16 +203,36 @@ def run_experiment(
 
 @call_parse
 def lp_train(
-    dataset:str, # 'digits'
-    labels:int=20, # labeled items, the same number of each class
-    methods:str='supervised,network,lp', # comma-separated: supervised, network, lp
+    dataset:str, # 'digits'; or 'cifar10', 'cifar100', 'mini_imagenet', by the paper's recipe
+    labels:int=None, # labeled items in all, the same number of each class; default: 20 of the digits, 500 else
+    methods:str='supervised,network,lp', # comma-separated: supervised, network, lp; but for the digits also gtg, mt, mt+lp
     seeds:int=3, # seeds 0 to seeds−1, each with its own labels
-    out:str='results', # folder for the JSON and the figure
+    out:str='results', # folder for the results: digits.json, or a line per run in DATASET.jsonl
     device:str=None, # 'cpu', 'cuda'; default: the GPU where there is one
+    split:int=None, # not the digits: this row of --splits, in place of seeds
+    splits:str=None, # not the digits: .npz file with arrays `labels_N` of indices
+    data:str=None, # not the digits: folder or .npz file of the images; default: download (mini_imagenet has none)
+    n_train:int=None, # not the digits: training images, for a trial; default: all
+    n_test:int=None, # not the digits: test images; default: all
+    epochs:int=None, # not the digits: of each stage; default: 180
+    no_omega:store_true=False, # not the digits: ω = 1
+    no_zeta:store_true=False, # not the digits: ζ = 1
+    bf16:store_true=False, # not the digits: autocast to bfloat16
 ):
-    "Train with and without the unlabeled items, and compare"
-    if dataset != 'digits': raise SystemExit(f"unknown dataset {dataset!r}: expected 'digits'")
-    try: res = run_experiment(labels, [m.strip() for m in methods.split(',')], range(seeds), out=out, device=device)
-    except ValueError as e: raise SystemExit(str(e))
+    "Train with and without the unlabeled items, and compare. What was stopped goes on where it was"
+    methods = [m.strip() for m in methods.split(',')]
+    try:
+        if dataset in RECIPES:
+            if (split is None) != (splits is None): raise ValueError("expected --split and --splits together, or neither")
+            recipe = replace(RECIPES[dataset], omega=not no_omega, zeta=not no_zeta, bf16=bf16)
+            if epochs is not None: recipe = replace(recipe, stage1=epochs, stage2=epochs)
+            runs = run_paper(dataset, labels or 500, methods, range(seeds) if split is None else [split], recipe, data, splits, n_train, n_test, out, device)
+            print(f"\n\n{dataset}; mean ± standard deviation over splits\n\n{paper_table(runs)}\n\ndetails in {Path(out)/f'{dataset}.jsonl'}")
+            return
+        if dataset != 'digits': raise ValueError(f"unknown dataset {dataset!r}: expected 'digits' or one of {', '.join(RECIPES)}")
+        if any(o is not None for o in (split, splits, data, n_train, n_test, epochs)) or no_omega or no_zeta or bf16: raise ValueError("the digits have --labels, --methods, --seeds, --out and --device only")
+        labels = labels or 20
+        res = run_experiment(labels, methods, range(seeds), out=out, device=device)
+    except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e))
     print(f"\n\nDigits, {labels} labels, {seeds} seeds; mean ± standard error\n\n{to_markdown(res['summary'])}\n\n"
           f"{res['seconds']:.0f} s in all; details in {Path(out)/'digits.json'}, figure in {Path(out)/'digits.png'}")

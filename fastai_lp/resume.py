@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResumeCallback']
 
-# %% ../nbs/15_resume.ipynb #2a115b4b
+# %% ../nbs/15_resume.ipynb #9b4737e6
 import hashlib
 import os
 from pathlib import Path
@@ -20,10 +20,11 @@ from fastai.torch_core import get_random_states, set_random_states
 
 from .callback import FitScoped, LPCallback
 from .data import TwoStream
+from .graph import csr
 from .mean_teacher import MeanTeacherCallback
 from .pseudo import PseudoLabels
 
-# %% ../nbs/15_resume.ipynb #3acc9eca
+# %% ../nbs/15_resume.ipynb #7836e525
 def _loaders(dls): return [getattr(dl, 'dl', dl) for dl in dls.loaders]
 
 
@@ -71,13 +72,24 @@ def _set_optimizer_state(opt, s):
     opt.load_state_dict(s)
 
 
+def _pack(pseudo):
+    "Its fields, the graph as three dense tensors"
+    W = pseudo.W
+    return {**vars(pseudo), 'W': None if W is None else [W.crow_indices(), W.col_indices(), W.values()]}
+
+
+def _unpack(d):
+    W = d['W']
+    return PseudoLabels(**{**d, 'W': None if W is None else csr(*W, len(d['labels']))})
+
+
 def _data_of(dls):
     "What the training data are, in short: a run cannot go on with others"
     dl = _loaders(dls)[0]
     labels = hashlib.sha256(dl.targets.cpu().numpy().tobytes()).hexdigest() if isinstance(dl, TwoStream) else ''
     return dict(items=len(dl.dataset), labels=labels, batch=[dl.bs//getattr(dl, 'views', 1), getattr(dl, 'labeled_bs', None)])
 
-# %% ../nbs/15_resume.ipynb #2689d55f
+# %% ../nbs/15_resume.ipynb #51427982
 class ResumeCallback(FitScoped):
     """Save all that a fit needs to go on exactly, after every epoch; where the file is there, go on from it.
 
@@ -112,7 +124,7 @@ class ResumeCallback(FitScoped):
         _set_optimizer_state(self.learn.opt, s['opt'])
         for cb, o in zip(self._of(LPCallback), s['lp']):
             cb.record.history = o['history']
-            if o['pseudo']: cb.record.pseudo, cb._data = PseudoLabels(**o['pseudo']).to(cb._fit.y.device), cb._fit.dl.dataset
+            if o['pseudo']: cb.record.pseudo, cb._data = _unpack(o['pseudo']).to(cb._fit.y.device), cb._fit.dl.dataset
             cb.record.truth = cb._fit.truth
         for cb, o in zip(self._of(MeanTeacherCallback), s['mt']): cb.record.load_state_dict(o, self.learn.model)
         if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])
@@ -158,7 +170,7 @@ class ResumeCallback(FitScoped):
             epoch=done, train_iter=self.train_iter, model=self.learn.model.state_dict(), opt=_optimizer_state(self.learn.opt),
             fit=dict(epochs=self.n_epoch, **_data_of(self.learn.dls), callbacks=[len(self._of(LPCallback)), len(self._of(MeanTeacherCallback))],
                      parameters={k: list(v.shape) for k, v in self.learn.model.state_dict().items()}),
-            lp=[dict(history=cb.record.history, pseudo=vars(cb.record.pseudo) if cb.record.pseudo else None) for cb in self._of(LPCallback)],
+            lp=[dict(history=cb.record.history, pseudo=_pack(cb.record.pseudo) if cb.record.pseudo else None) for cb in self._of(LPCallback)],
             mt=[cb.record.state_dict() for cb in self._of(MeanTeacherCallback)],
             scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else None,
             trackers=[dict(best=_number(cb.best), **({'wait': cb.wait} if hasattr(cb, 'wait') else {})) for cb in self._of(TrackerCallback)],
