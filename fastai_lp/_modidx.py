@@ -448,6 +448,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastai_lp.resume.ResumeCallback.__init__': ( 'resume.html#resumecallback.__init__',
                                                                                 'fastai_lp/resume.py'),
                                   'fastai_lp.resume.ResumeCallback._check': ('resume.html#resumecallback._check', 'fastai_lp/resume.py'),
+                                  'fastai_lp.resume.ResumeCallback._fit_of': ('resume.html#resumecallback._fit_of', 'fastai_lp/resume.py'),
                                   'fastai_lp.resume.ResumeCallback._init_state': ( 'resume.html#resumecallback._init_state',
                                                                                    'fastai_lp/resume.py'),
                                   'fastai_lp.resume.ResumeCallback._of': ('resume.html#resumecallback._of', 'fastai_lp/resume.py'),

@@ -37,7 +37,7 @@ from .mean_teacher import MeanTeacherCallback
 from .models import ConvNet13, resnet18_84
 from .resume import ResumeCallback
 
-# %% ../nbs/23a_recipes.ipynb #2fd248bd
+# %% ../nbs/23a_recipes.ipynb #7775316a
 @dataclass(frozen=True)
 class PaperRecipe:
     "All settings of a run but the data, the method and the split; the defaults are those for CIFAR-10 (Section 5.2, and the authors' program)"
@@ -72,9 +72,12 @@ def cosine(
     return ParamScheduler({'lr': partial(_cosine, lr, zero_at)})
 
 
+_STAGE2 = 'stage2', 'k', 'gamma', 'alpha', 'max_iter', 'omega', 'zeta', 'augment_descriptors'  # settings that the first stage knows nothing of
+
+
 def _cosine(lr, zero_at, p): return lr*(1+math.cos(math.pi*p/zero_at))/2
 
-# %% ../nbs/23a_recipes.ipynb #52b2520a
+# %% ../nbs/23a_recipes.ipynb #3524b24e
 def top5_error(
     pred:torch.Tensor, # [b, c] logits
     targ:torch.Tensor, # int [b]
@@ -125,7 +128,7 @@ def run_method(
     """Train one method on one split, or go on where it was stopped; errors are of the last epoch, not the best.
 
     The dict has the settings, versions, every epoch's figures of both stages, the history of the pseudo-labels and the
-    names of the files. Raises `ValueError` for an unknown method or network."""
+    names of the files. Raises `ValueError` for an unknown method or network, and where files of that name are of other settings."""
     if method not in PAPER_METHODS: raise ValueError(f"unknown method {method!r}: expected one of {', '.join(PAPER_METHODS)}")
     out, start, mt = Path(out), time.perf_counter(), method.startswith('mt')
     out.mkdir(parents=True, exist_ok=True)
@@ -138,10 +141,13 @@ def run_method(
         learn.remove_cb(ProgressCallback)
         learn.logger = noop
     first = 'mt' if mt else 'labeled'
-    def fit(epochs, file, cbs):
-        learn.fit(epochs, recipe.lr, cbs=[cosine(recipe.lr, recipe.zero_at), *cbs, ResumeCallback(out/file)], reset_opt=learn.opt is None)
+    def fit(epochs, file, cbs, settings):
+        resume = ResumeCallback(out/file, settings=json.dumps(settings))
+        learn.fit(epochs, recipe.lr, cbs=[cosine(recipe.lr, recipe.zero_at), *cbs, resume], reset_opt=learn.opt is None)
         return [dict(zip(learn.recorder.metric_names, [i, *map(float, row)])) for i, row in enumerate(learn.recorder.values)]
-    stages = [fit(recipe.stage1, f'{name}-{first}-stage1.pth', [MeanTeacherCallback()] if mt else [])]
+    settings = asdict(recipe) | dict(seed=seed)
+    of_stage1 = {k: v for k, v in settings.items() if k not in _STAGE2}
+    stages = [fit(recipe.stage1, f'{name}-{first}-stage1.pth', [MeanTeacherCallback()] if mt else [], of_stage1)]
     kept = None
     if method not in ('supervised', 'mt'):
         set_seed(seed)
@@ -149,7 +155,7 @@ def run_method(
         file = f"{name}-{method}{'' if recipe.omega else '-no_omega'}{'' if recipe.zeta else '-no_zeta'}"
         kept = _Keep(keep, out/file)
         lp = LPCallback(_labeler(method, recipe), truth=data.train_truth, augment=recipe.augment_descriptors)
-        stages.append(fit(recipe.stage2, f'{file}-stage2.pth', [lp, kept] + [MeanTeacherCallback()]*mt))
+        stages.append(fit(recipe.stage2, f'{file}-stage2.pth', [lp, kept] + [MeanTeacherCallback()]*mt, settings))
     last = stages[-1][-1]
     errors = {k: last[k] for k in ('error_rate', 'top5_error', 'teacher_error_rate', 'teacher_top5_error') if k in last}
     return dict(name=name, method=method, seed=seed, labels=int((data.shown >= 0).sum()), items=len(data.train), recipe=asdict(recipe), environment=environment(),

@@ -89,7 +89,7 @@ def _data_of(dls):
     labels = hashlib.sha256(dl.targets.cpu().numpy().tobytes()).hexdigest() if isinstance(dl, TwoStream) else ''
     return dict(items=len(dl.dataset), labels=labels, batch=[dl.bs//getattr(dl, 'views', 1), getattr(dl, 'labeled_bs', None)])
 
-# %% ../nbs/15_resume.ipynb #51427982
+# %% ../nbs/15_resume.ipynb #be7d664c
 class ResumeCallback(FitScoped):
     """Save all that a fit needs to go on exactly, after every epoch; where the file is there, go on from it.
 
@@ -103,9 +103,10 @@ class ResumeCallback(FitScoped):
     def __init__(self,
         fname, # path of the file, written whole or not at all. A file per fit: two of them for two stages
         every:int=1, # save after every so many epochs, and after the last
+        settings:str='', # what else must be the same for a run to go on, such as a recipe: compared with what is in the file
     ):
         if every < 1: raise ValueError(f"every={every}: expected at least 1 epoch")
-        self.fname, self.every = Path(fname), every
+        self.fname, self.every, self.settings = Path(fname), every, settings
         self._init_state()
 
     _stateattrs = ('_saved', '_done')
@@ -132,13 +133,17 @@ class ResumeCallback(FitScoped):
         for cb in self._of(TrackerCallback): cb.run = False  # they have seen these epochs
         print(f"{self.fname}: {self._done} of {self.n_epoch} epochs are done")
 
+    def _fit_of(self):
+        "What must be the same for a run to go on"
+        return dict(epochs=self.n_epoch, **_data_of(self.learn.dls), callbacks=[len(self._of(LPCallback)), len(self._of(MeanTeacherCallback))],
+                    settings=self.settings, parameters={k: list(v.shape) for k, v in self.learn.model.state_dict().items()})
+
     def _check(self, s):
-        now = dict(epochs=self.n_epoch, **_data_of(self.learn.dls), callbacks=[len(self._of(LPCallback)), len(self._of(MeanTeacherCallback))],
-                   parameters={k: list(v.shape) for k, v in self.learn.model.state_dict().items()})
+        now = self._fit_of()
         wrong = [k for k, v in now.items() if s['fit'][k] != v]
         if not wrong: return
         what = 'parameters' if 'parameters' in wrong else ', '.join(f'{k} {s["fit"][k]} there, {now[k]} here' for k in wrong)
-        raise ValueError(f"{self.fname} is of another fit ({what}): resume with the same data, model, callbacks and number of epochs, or name another file")
+        raise ValueError(f"{self.fname} is of another fit ({what}): resume with the same data, model, callbacks, settings and number of epochs, or name another file")
 
     def before_epoch(self):
         if self._inference or self._saved is None: return
@@ -168,8 +173,7 @@ class ResumeCallback(FitScoped):
         rec = self.recorder
         state = dict(
             epoch=done, train_iter=self.train_iter, model=self.learn.model.state_dict(), opt=_optimizer_state(self.learn.opt),
-            fit=dict(epochs=self.n_epoch, **_data_of(self.learn.dls), callbacks=[len(self._of(LPCallback)), len(self._of(MeanTeacherCallback))],
-                     parameters={k: list(v.shape) for k, v in self.learn.model.state_dict().items()}),
+            fit=self._fit_of(),
             lp=[dict(history=cb.record.history, pseudo=_pack(cb.record.pseudo) if cb.record.pseudo else None) for cb in self._of(LPCallback)],
             mt=[cb.record.state_dict() for cb in self._of(MeanTeacherCallback)],
             scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else None,

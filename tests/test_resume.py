@@ -119,6 +119,11 @@ def test_another_fit_is_refused(change, match, tmp_path):
     with pytest.raises(ValueError, match=f'is of another fit.*{match}'): run(**(dict(cbs='both', path=tmp_path, extra=[ResumeCallback(tmp_path/'run.pth')]) | change))
 
 
+def test_other_settings_are_refused(tmp_path):
+    run('lp', tmp_path, [ResumeCallback(tmp_path/'run.pth', settings='lr 1e-2')])
+    with pytest.raises(ValueError, match='settings lr 1e-2 there, lr 1e-3 here'): run('lp', tmp_path, [ResumeCallback(tmp_path/'run.pth', settings='lr 1e-3')])
+
+
 def test_inference_and_lr_find_neither_read_nor_write(tmp_path):
     learn = blob_learner(path=tmp_path, cbs=ResumeCallback(tmp_path/'run.pth'))
     learn.lr_find(num_it=5, show_plot=False)
