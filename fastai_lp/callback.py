@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LPRecord', 'truth_of', 'FitScoped', 'LPCallback']
 
-# %% ../nbs/13_callback.ipynb #b36fad96
+# %% ../nbs/13_callback.ipynb #37db5239
 import time
 import warnings
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ import torch
 from fastcore.meta import delegates
 from fastai.callback.core import Callback, CancelFitException, Stateful
 from fastai.data.load import DataLoader
-from fastai.learner import Learner, ValueMetric
+from fastai.learner import ValueMetric
 from fastai.torch_core import progress_bar
 
 from .data import TwoStream, is_unlabeled, targets_of, warn_of_unlabeled_validation, _how_to_unlabel

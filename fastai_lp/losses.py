@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['weighted_targets', 'weighted_cross_entropy', 'PseudoLabelLoss', 'unwrap_loss']
 
-# %% ../nbs/10_losses.ipynb #8115f8ec
+# %% ../nbs/10_losses.ipynb #d14b43a6
 import functools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.losses import BaseLoss, CrossEntropyLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
+from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy
 
 # %% ../nbs/10_losses.ipynb #8143bee0
 def weighted_targets(

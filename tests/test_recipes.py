@@ -16,7 +16,7 @@ import fastai_lp.recipes
 from fastai_lp.callback import LPCallback
 from fastai_lp.datasets import ImageArrays, show_labels
 from fastai_lp.interpret import LPInterpretation
-from fastai_lp.recipes import PAPER_METHODS, RECIPES, PaperRecipe, cosine, paper_table, run_method, run_paper
+from fastai_lp.recipes import PAPER_METHODS, RECIPES, PaperRecipe, cosine, paper_table, run_method
 
 
 def stripes(n, size, seed=0, classes=3):
