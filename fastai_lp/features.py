@@ -72,16 +72,15 @@ def add_l2norm(
     model:nn.Module, # changed in place
     n_classes:int=None, # outputs of the classifier; None: it is the last `nn.Linear`
 )->nn.Module: # the same model
-    "Make the classifier an `L2Linear` with the same parameters; a `ValueError` where there is no classifier"
+    "Make the classifier an `L2Linear` with the same parameters; a `ValueError` where there is no classifier, or one that computes its weight in a way of its own"
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not linear: raise ValueError(f"{type(model).__name__} has no nn.Linear to normalise the input of")
     old = linear[-1] if n_classes is None else find_classifier(model, n_classes)
     if isinstance(old, L2Linear): return model
-    new = L2Linear(old.in_features, old.out_features, bias=old.bias is not None, device='meta')
-    new.weight, new.bias = old.weight, old.bias
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child is old: setattr(parent, name, new.train(old.training))
+    kind = getattr(old, 'l2_kind', L2Linear)  # a layer that makes its weight from others names the class that does so on the unit sphere
+    if kind is L2Linear and not isinstance(old.weight, nn.Parameter):
+        raise ValueError(f"the weight of the classifier, a {type(old).__name__}, is computed, not a parameter: ℓ2-normalise its input within the model, by F.normalize(x, dim=-1)")
+    old.__class__ = kind
     return model
 
 # %% ../nbs/12_features.ipynb #56dc8080

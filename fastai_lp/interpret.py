@@ -135,17 +135,20 @@ class LPInterpretation:
 
     @classmethod
     def from_results(cls,
-        fname, # the JSON file that `lp_train` wrote
+        fname, # the .jsonl file that `lp_train` wrote
         method:str='lp', # of the run
         seed:int=0, # of the run
+        epoch:int=None, # of its second stage; None: the last
     ):
-        "From a run of `lp_train`, whose pseudo-labels are in a file beside its results"
+        "From a run of `lp_train` with ω and ζ, which keeps the pseudo-labels of some epochs beside its results; a `ValueError` where it has them not"
         fname = Path(fname)
-        runs = json.loads(fname.read_text())['runs']
+        runs = [r for r in map(json.loads, fname.read_text().splitlines()) if r['recipe']['omega'] and r['recipe']['zeta']]
         match = [r for r in runs if r['method'] == method and r['seed'] == seed]
         if not match: raise ValueError(f"no run of {method!r} with seed {seed} in {fname}: it has {sorted({(r['method'], r['seed']) for r in runs})}")
-        if not match[0].get('record'): raise ValueError(f"the run of {method!r} in {fname} has no pseudo-labels")
-        return cls.load(fname.parent/match[0]['record'])
+        kept = {int(Path(o).stem.rsplit('-', 1)[1]): o for o in match[0]['kept']}
+        if not kept: raise ValueError(f"the run of {method!r} in {fname} has no pseudo-labels")
+        if epoch is not None and epoch not in kept: raise ValueError(f"the run of {method!r} in {fname} kept the pseudo-labels of epochs {list(kept)}, not those of {epoch}")
+        return cls.load(fname.parent/kept[max(kept) if epoch is None else epoch])
 
     def save(self,
         fname, # path of the .npz file; written whole or not at all

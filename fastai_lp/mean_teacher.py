@@ -130,7 +130,10 @@ class MeanTeacherCallback(FitScoped):
     def _active(self): return self._on is not None and not self._inference
 
     def before_train(self):
-        if self._active: self.record.teacher.train()
+        if not self._active: return
+        for t, p in zip(self.record.teacher.parameters(), self.learn.model.parameters()):
+            if t.stride() != p.stride(): t.data = torch.empty_like(p).copy_(t)  # ChannelsLast has changed the student since the teacher was made
+        self.record.teacher.train()
 
     def before_validate(self):
         if not self._active: return

@@ -1,41 +1,74 @@
-"The main job, small: table, JSON, figure, and messages for a wrong call."
+"The main job, small: table, JSON lines, figure, and messages for a wrong call."
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastai_lp.experiments import Recipe, run_experiment, summarize, to_markdown
+from fastai_lp.experiments import plot_runs, row_name, run_experiment, summarize, to_markdown
+from fastai_lp.recipes import METHODS, RECIPES, Recipe
+
+SMALL = replace(RECIPES['digits'], stage1=1, stage2=2, width=8)
 
 
-def test_run_writes_table_json_and_figure(tmp_path):
-    recipe = Recipe(stage1=1, stage2=2, width=8)
-    res = run_experiment(methods=['lp', 'supervised'], seeds=[0, 1], recipe=recipe, out=tmp_path/'new', device='cpu')
-    assert json.loads((tmp_path/'new'/'digits.json').read_text()) == json.loads(json.dumps(res))
-    assert (tmp_path/'new'/'digits.png').read_bytes()[:4] == b'\x89PNG'
-    assert [(r['method'], r['seed']) for r in res['runs']] == [('lp', 0), ('lp', 1), ('supervised', 0), ('supervised', 1), ('diffusion', 0), ('diffusion', 1)]
-    lp = res['runs'][0]
-    assert [row['epoch'] for row in lp['history']] == [1, 2] and len(lp['errors']) == 3 and lp['error'] == lp['errors'][-1]
-    assert lp['pseudo_accuracy'] == lp['history'][-1]['accuracy']
-    assert res['recipe']['stage2'] == 2 and res['environment']['torch']
+def test_a_run_is_a_line(tmp_path):
+    runs = run_experiment('digits', 20, ['lp', 'supervised', 'diffusion'], [0, 1], SMALL, out=tmp_path/'new', device='cpu')
+    lines = [json.loads(line) for line in (tmp_path/'new'/'digits.jsonl').read_text().splitlines()]
+    assert sorted(lines, key=str) == sorted(json.loads(json.dumps(runs)), key=str)
+    assert [(r['method'], r['seed']) for r in runs] == [(m, s) for m in ('lp', 'supervised', 'diffusion') for s in (0, 1)]
+    lp = runs[0]
+    assert [row['epoch'] for row in lp['history']] == [0, 1] and [len(o) for o in lp['stages']] == [1, 2] and lp['error_rate'] == lp['stages'][1][-1]['error_rate']
+    assert all(row['top5_error'] <= row['error_rate'] and row['sec'] > 0 for o in lp['stages'] for row in o)
+    assert lp['seconds'] == {f'stage{i+1}': sum(row['sec'] for row in o) for i, o in enumerate(lp['stages'])}
+    assert lp['recipe']['lr'] == RECIPES['digits'].lr['lp'] and lp['recipe']['stage2'] == 2 and lp['environment']['torch'] and lp['kept'] == ['digits-20-seed0-lp-0.npz', 'digits-20-seed0-lp-1.npz']
+    assert (lp['dataset'], lp['labels'], lp['items']) == ('digits', 20, 1347)
+
+
+def test_lines_stay_and_are_replaced(tmp_path):
+    "A second call adds its runs, and writes the same run's line anew"
+    def lines(): return [(o['method'], o['recipe']['omega']) for o in map(json.loads, (tmp_path/'digits.jsonl').read_text().splitlines())]
+    run_experiment('digits', 20, ['lp'], [0], SMALL, out=tmp_path, device='cpu')
+    run_experiment('digits', 20, ['lp'], [0], replace(SMALL, omega=False), out=tmp_path, device='cpu')
+    before = (tmp_path/'digits.jsonl').read_text()
+    run_experiment('digits', 20, ['lp'], [0], SMALL, out=tmp_path, device='cpu')
+    assert lines() == [('lp', False), ('lp', True)] and sorted((tmp_path/'digits.jsonl').read_text().splitlines()) == sorted(before.splitlines())
 
 
 def test_same_seed_same_result(tmp_path):
-    runs = [run_experiment(methods=['lp'], seeds=[3], recipe=Recipe(stage1=1, stage2=1, width=8), out=tmp_path, device='cpu')['runs'][0] for _ in range(2)]
-    assert runs[0]['errors'] == runs[1]['errors'] and runs[0]['pseudo_accuracy'] == runs[1]['pseudo_accuracy']
+    runs = [run_experiment('digits', 20, ['lp'], [3], SMALL, out=tmp_path/str(i), device='cpu')[0] for i in range(2)]
+    errors = [[row['error_rate'] for o in r['stages'] for row in o] for r in runs]
+    assert errors[0] == errors[1] and runs[0]['history'][-1]['accuracy'] == runs[1]['history'][-1]['accuracy']
+
+
+def run(method, error, accuracy=None, sec=2., teacher=None, **recipe):
+    return dict(method=method, error_rate=error, history=[] if accuracy is None else [dict(epoch=0, accuracy=.1), dict(epoch=1, accuracy=accuracy)],
+                seconds=dict(stage1=sec/2, stage2=sec/2), recipe=dict(omega=True, zeta=True) | recipe, **({} if teacher is None else dict(teacher_error_rate=teacher)))
 
 
 def test_summary_is_mean_and_standard_error():
-    runs = [dict(method='lp', error=e, pseudo_accuracy=1-e, seconds=2.) for e in (.1, .2, .3)] + [dict(method='supervised', error=.5, pseudo_accuracy=None, seconds=1.)]
-    lp, sup = summarize(runs)
-    assert lp['error'] == pytest.approx([.2, .1/3**.5]) and lp['runs'] == 3 and sup['error'] == [.5, None] and sup['pseudo_accuracy'] is None
-    assert '| lp         | 20.0 ± 5.8   |' in to_markdown([lp, sup]) and '| supervised | 50.0         | –' in to_markdown([lp, sup])
+    runs = [run('lp', e, 1-e) for e in (.1, .2, .3)] + [run('supervised', .5, sec=1.), run('mt', .9, teacher=.25), run('lp', .4, .6, omega=False), run('lp', .5, .5, omega=False, zeta=False)]
+    lp, sup, mt, plain, neither = summarize(runs)
+    assert lp['error'] == pytest.approx([.2, .1/3**.5]) and lp['runs'] == 3 and lp['seconds'] == 2 and sup['error'] == [.5, None] and sup['pseudo_accuracy'] is None
+    assert mt['error'] == [.25, None] and plain['row'] == 'lp, ω = 1' and neither['row'] == 'lp, ω = ζ = 1'
+    assert '| lp            | 20.0 ± 5.8   |' in to_markdown([lp, sup, plain, neither]) and '| supervised    | 50.0         | –' in to_markdown([lp, sup, plain, neither])
 
 
-@pytest.mark.parametrize('args, message', [(['cifar'], "unknown dataset 'cifar'"), (['digits', '--methods', 'lp,svm'], 'unknown method(s) svm'),
-                                           (['digits', '--labels', '25'], 'multiple of 10')])
+def test_figure():
+    fig = plot_runs([run('lp', e, 1-e) for e in (.1, .2)] + [run('supervised', .5), run('lp', .3, .8, zeta=False)], 'some')
+    left, right = fig.axes
+    assert [o.get_text() for o in left.get_xticklabels()] == ['lp', 'supervised', 'lp, ζ = 1'] and [o.get_label() for o in right.lines] == ['lp', 'lp, ζ = 1']
+    assert right.lines[0].get_ydata() == pytest.approx([10, 85])
+
+
+@pytest.mark.parametrize('args, message', [(['cifar'], "unknown dataset 'cifar'"), (['digits', '--methods', 'lp,svm'], 'unknown method(s) svm'), (['digits', '--labels', '25'], 'multiple of 10'),
+                                           (['digits', '--n-train', '100'], 'come with scikit-learn'), (['digits', '--network', 'vgg'], "network='vgg'"), (['cifar10', '--data', 'nowhere'], 'nowhere')])
 def test_wrong_calls(args, message, tmp_path):
     res = subprocess.run([Path(sys.executable).with_name('lp_train'), *args], capture_output=True, text=True, cwd=tmp_path)
     assert res.returncode != 0 and message in res.stderr and 'Traceback' not in res.stderr
-    assert not (tmp_path/'results').exists()
+    assert not list(tmp_path.glob('results/*.jsonl'))
+
+
+def test_every_method_has_a_rate():
+    assert set(RECIPES['digits'].lr) == set(METHODS) and {RECIPES['digits'].of(m).lr for m in METHODS} == set(RECIPES['digits'].lr.values()) and Recipe().of('lp') == Recipe()

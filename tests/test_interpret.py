@@ -16,7 +16,8 @@ from fastai_lp.callback import LPCallback
 from fastai_lp.curation import label_issues, suggest
 from fastai_lp.data import SemiImageDataLoaders, semi_dls
 from fastai_lp.datasets import digits_folder
-from fastai_lp.experiments import Recipe, run_experiment
+from fastai_lp.experiments import run_experiment
+from fastai_lp.recipes import RECIPES
 from fastai_lp.interpret import LPInterpretation, plot_certainty, plot_toy, toy
 from fastai_lp.labelers import NetworkPrediction
 from fastai_lp.models import small_convnet
@@ -156,14 +157,16 @@ def test_unreached_items_have_no_class(tmp_path):
 
 
 def test_from_results_of_a_run(tmp_path):
-    res = run_experiment(methods=['network', 'lp'], seeds=[0], recipe=Recipe(stage1=1, stage2=2, width=8), out=tmp_path, device='cpu')
-    for method in ('network', 'lp'):
-        interp = LPInterpretation.from_results(tmp_path/'digits.json', method, 0)
-        run = next(r for r in res['runs'] if r['method'] == method)
-        assert interp.pseudo.accuracy(interp.truth) == run['pseudo_accuracy'] and [r['accuracy'] for r in interp.history] == [r['accuracy'] for r in run['history']]
-    with pytest.raises(ValueError, match="no run of 'lp' with seed 7"): LPInterpretation.from_results(tmp_path/'digits.json', 'lp', 7)
-    with pytest.raises(ValueError, match="'diffusion' .* has no pseudo-labels"): LPInterpretation.from_results(tmp_path/'digits.json', 'diffusion', 0)
-    json.loads((tmp_path/'digits.json').read_text())
+    recipe = replace(RECIPES['digits'], stage1=1, stage2=3, width=8)
+    runs = run_experiment(methods=['network', 'lp', 'diffusion'], splits=[0], recipe=recipe, out=tmp_path, device='cpu')
+    file = tmp_path/'digits.jsonl'
+    for run in runs[:2]:
+        interp = LPInterpretation.from_results(file, run['method'], 0)
+        assert interp.pseudo.accuracy(interp.truth) == run['history'][-1]['accuracy'] and [r['accuracy'] for r in interp.history] == [r['accuracy'] for r in run['history']]
+        first = LPInterpretation.from_results(file, run['method'], epoch=0)
+        assert first.pseudo.accuracy(first.truth) == run['history'][0]['accuracy'] and len(first.history) == 1
+    for args, said in ((('lp', 7), "no run of 'lp' with seed 7"), (('diffusion', 0), "'diffusion' .* has no pseudo-labels"), (('lp', 0, 9), 'kept the pseudo-labels of epochs .0, 1, 2., not those of 9')):
+        with pytest.raises(ValueError, match=said): LPInterpretation.from_results(file, *args)
 
 
 def unwell(n=200):

@@ -13,8 +13,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from conftest import blob_learner, blobs
 from fastai_lp.callback import LPCallback
-from fastai_lp.features import L2Linear, extract_features, find_classifier, find_descriptor
-from fastai_lp.models import ConvNet13, WNConv2d, WNL2Linear, WNLinear, resnet18_84
+from fastai_lp.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
+from fastai_lp.mean_teacher import MeanTeacherCallback, teacher_in_place
+from fastai_lp.models import ConvNet13, WNConv2d, WNL2Linear, WNLinear, resnet18_84, small_convnet
 
 CONVS = [(3, 128, 3, 1), (128, 128, 3, 1), (128, 128, 3, 1), (128, 256, 3, 1), (256, 256, 3, 1), (256, 256, 3, 1), (256, 512, 3, 0), (512, 256, 1, 0), (256, 128, 1, 0)]
 
@@ -96,7 +97,7 @@ def test_convnet13_drops_out_in_training_only():
     assert torch.equal(net(x), net(x)) and [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [.5, .5]
 
 
-@pytest.mark.parametrize('make, x', [(lambda l2: ConvNet13(5, l2=l2, dual=True), images()), (lambda l2: resnet18_84(5, l2=l2), images(2, 84))], ids=['13', 'resnet'])
+@pytest.mark.parametrize('make, x', [(lambda l2: ConvNet13(5, l2=l2, dual=True), images()), (lambda l2: resnet18_84(5, l2=l2, dual=True), images(2, 84))], ids=['13', 'resnet'])
 @pytest.mark.parametrize('l2', [True, False])
 def test_gradients_reach_every_parameter(make, x, l2):
     torch.manual_seed(0)
@@ -106,7 +107,7 @@ def test_gradients_reach_every_parameter(make, x, l2):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-@pytest.mark.parametrize('head', [WNL2Linear(8, 5), ConvNet13(5).head1, resnet18_84(5).fc])
+@pytest.mark.parametrize('head', [WNL2Linear(8, 5), ConvNet13(5).head1, resnet18_84(5).head1])
 def test_l2_takes_the_direction_of_the_descriptor_alone(head):
     v = torch.randn(3, head.in_features)
     torch.testing.assert_close(head(v), head(7*v))
@@ -115,33 +116,83 @@ def test_l2_takes_the_direction_of_the_descriptor_alone(head):
 
 
 def test_without_l2_the_length_counts():
-    for head in (ConvNet13(5, l2=False).head1, resnet18_84(5, l2=False).fc):
+    for head in (ConvNet13(5, l2=False).head1, resnet18_84(5, l2=False).head1):
         v = torch.randn(3, head.in_features)
         torch.testing.assert_close(head(7*v), 7*(head(v)-head.bias) + head.bias, atol=1e-4, rtol=1e-4)
 
 
-def test_dual_heads():
-    net, x = ConvNet13(5, dual=True), images()
+@pytest.mark.parametrize('make, size', [(ConvNet13, 12), (resnet18_84, 84)], ids=['13', 'resnet'])
+def test_dual_heads(make, size):
+    net, x = make(5, dual=True), images(size=size)
     one, two = net(x)
     assert one.shape == two.shape == (4, 5) and not torch.equal(one, two)
     net.eval()
     assert torch.equal(net(x), net.head1(net.body(x)))
     assert find_classifier(net, 5) is net.head1 and find_descriptor(net, 5) == (net.head1, True)
-    assert ConvNet13(5).head2 is None and isinstance(ConvNet13(5)(x), torch.Tensor)
+    single = make(5)
+    assert single.head2 is None and isinstance(single(x), torch.Tensor)
+    left = single.load_state_dict(net.state_dict(), strict=False)                     # one network's weights in the other
+    assert not left.missing_keys and {o.split('.')[0] for o in left.unexpected_keys} == {'head2'}
+    assert torch.equal(single.eval()(x), net(x))
+
+
+def test_a_seed_gives_the_13_layer_network_it_always_gave():
+    "The order in which its layers are made"
+    torch.manual_seed(3)
+    convs = [nn.Conv2d(i, o, k, bias=False) for i, o, k, _ in CONVS]
+    heads = [nn.Linear(128, 5) for _ in range(2)]
+    torch.manual_seed(3)
+    net = ConvNet13(5, dual=True)
+    for a, b in zip([m for m in net.body.modules() if isinstance(m, nn.Conv2d)], convs): torch.testing.assert_close(a.weight, b.weight)
+    for a, b in zip((net.head2, net.head1), heads): torch.testing.assert_close(a.weight, b.weight)
+
+
+@pytest.mark.parametrize('make', [lambda: ConvNet13(5, l2=False), lambda: resnet18_84(5, l2=False), lambda: small_convnet(5, n_in=3)], ids=['13', 'resnet', 'small'])
+def test_add_l2norm_gives_the_network_with_l2(make):
+    net, x = make().eval(), images(size=32)
+    keys, opt = list(net.state_dict()), torch.optim.SGD(net.parameters(), lr=.1)
+    head = find_classifier(net, 5)
+    with torch.no_grad(): feats, plain = extract(net, head, x), net(x)
+    assert add_l2norm(net, 5) is net and find_classifier(net, 5) is head and isinstance(head, L2Linear)
+    torch.testing.assert_close(net(x), F.linear(F.normalize(feats), head.weight, head.bias))
+    assert not torch.allclose(net(x), plain) and list(net.state_dict()) == keys
+    assert {id(p) for p in net.parameters()} == {id(p) for p in opt.param_groups[0]['params']}
+    for o in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))): assert torch.equal(o(x), net(x))
+
+
+def extract(net, head, x):
+    "What `head` gets"
+    seen = []
+    hook = head.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    net(x)
+    hook.remove()
+    return seen[0]
+
+
+def test_add_l2norm_refuses_a_weight_it_does_not_know():
+    with pytest.raises(ValueError, match='the classifier, a ParametrizedLinear, is computed'): add_l2norm(nn.Sequential(weight_norm(nn.Linear(4, 3))))
+
+
+@pytest.mark.parametrize('l2', [True, False])
+def test_small_convnet_takes_colour_at_any_width(l2):
+    for width in (8, 32):
+        net = small_convnet(5, n_in=3, width=width, l2=l2)
+        assert net(images()).shape == (4, 5) and find_descriptor(net, 5) == (net[-1], True)
+        assert net[-1].in_features == 2*width and isinstance(net[-1], L2Linear) == l2
 
 
 def test_resnet18_84_is_the_papers():
     torch.manual_seed(0)
     net = resnet18_84(64)
-    assert (net.conv1.kernel_size, net.conv1.stride) == ((7, 7), (2, 2)) and net(images(2, 84)).shape == (2, 64)
+    assert (net.body.conv1.kernel_size, net.body.conv1.stride) == ((7, 7), (2, 2)) and net(images(2, 84)).shape == (2, 64)
     for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
         assert abs(conv.weight.std().item()/(2/(conv.out_channels*conv.kernel_size[0]**2))**.5 - 1) < .05, conv    # Kaiming, fan-out
     block = lambda i, o: (i*o + o*o)*9 + 4*o + (i*o + 2*o if i != o else 0)
     assert n_params(net) == 3*64*49 + 2*64 + sum(block(i, o) + block(o, o) for i, o in ((64, 64), (64, 128), (128, 256), (256, 512))) + 513*64
-    assert find_descriptor(net, 64) == (net.fc, True)
+    assert find_descriptor(net, 64) == (net.head1, True)
 
 
-@pytest.mark.parametrize('make, size', [(lambda: ConvNet13(5, dual=True), 12), (lambda: resnet18_84(5), 84)], ids=['13', 'resnet'])
+@pytest.mark.parametrize('make, size', [(lambda: ConvNet13(5, dual=True), 12), (lambda: resnet18_84(5, dual=True), 84)], ids=['13', 'resnet'])
 def test_copies_are_equal_and_independent(make, size, tmp_path):
     net, x = make(), images(2, size)
     out = net(x)                                                # also after a forward and backward pass
@@ -159,7 +210,7 @@ def test_copies_are_equal_and_independent(make, size, tmp_path):
     assert torch.equal(net(x), before)
 
 
-@pytest.mark.parametrize('make, size', [(lambda: ConvNet13(5, dual=True), 16), (lambda: resnet18_84(5), 84)], ids=['13', 'resnet'])
+@pytest.mark.parametrize('make, size', [(lambda: ConvNet13(5, dual=True), 16), (lambda: resnet18_84(5, dual=True), 84)], ids=['13', 'resnet'])
 def test_bfloat16_and_channels_last(make, size):
     torch.manual_seed(0)
     net, x = make(), images(4, size)
@@ -188,9 +239,10 @@ def image_learner(tmp_path, model, cbs=None):
     return blob_learner(data, model=model(), path=tmp_path, cbs=cbs)
 
 
+@pytest.mark.parametrize('make, d', [(ConvNet13, 128), (resnet18_84, 512)], ids=['13', 'resnet'])
 @pytest.mark.parametrize('dual', [False, True])
-def test_ordinary_use_in_a_learner(dual, tmp_path):
-    learn = image_learner(tmp_path, lambda: ConvNet13(3, dual=dual), FirstHead() if dual else None)
+def test_ordinary_use_in_a_learner(dual, make, d, tmp_path):
+    learn = image_learner(tmp_path, lambda: make(3, dual=dual), FirstHead() if dual else None)
     learn.fit(2, 1e-3, cbs=LPCallback(k=5))
     assert learn.lp_record.pseudo.reached.all() and len(learn.validate()) == 2
     learn.remove_cb(FirstHead)     # in evaluation mode there is nothing to take apart
@@ -198,7 +250,7 @@ def test_ordinary_use_in_a_learner(dual, tmp_path):
     assert preds.shape == (12, 3)
     x = learn.dls.valid_ds[0][0]
     found = extract_features(learn)
-    assert found.feats.shape == (36, 128) and found.logits.shape == (36, 3)
+    assert found.feats.shape == (36, d) and found.logits.shape == (36, 3)
     net = learn.model.eval()
     all_x = torch.stack([o[0] for o in learn.dls.train_ds])
     with torch.no_grad():
@@ -207,3 +259,22 @@ def test_ordinary_use_in_a_learner(dual, tmp_path):
     learn.export('net.pkl')
     loaded = load_learner(tmp_path/'net.pkl')
     with torch.no_grad(): torch.testing.assert_close(loaded.model.eval()(x[None]), net(x[None]))
+
+
+@pytest.mark.parametrize('make', [ConvNet13, resnet18_84], ids=['13', 'resnet'])
+@pytest.mark.parametrize('lp', [False, True])
+def test_mean_teacher_trains_both_heads(lp, make, tmp_path):
+    learn = image_learner(tmp_path, lambda: make(3, l2=False, dual=True))
+    first = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.fit(2, 1e-3, cbs=[MeanTeacherCallback(rampup=0), *([LPCallback(k=5)] if lp else [])])
+    teacher = learn.mt_record.teacher
+    assert isinstance(teacher, type(learn.model)) and learn.mt_record.step == 2*len(learn.dls.train)
+    for net in (learn.model, teacher):
+        for name in ('head1.bias', 'head2.bias'): assert not torch.equal(net.state_dict()[name], first[name])
+    if lp: assert learn.lp_record.pseudo.reached.all()
+    preds = learn.get_preds()[0]
+    with teacher_in_place(learn):
+        assert not torch.allclose(learn.get_preds()[0], preds)
+        learn.export('teacher.pkl')
+    x = torch.stack([o[0] for o in learn.dls.valid_ds])
+    with torch.no_grad(): torch.testing.assert_close(load_learner(tmp_path/'teacher.pkl').model.eval()(x), teacher.eval()(x))

@@ -5,14 +5,14 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
 
 import fastai_lp
-from fastai_lp.experiments import Recipe
+from fastai_lp.recipes import RECIPES
 
 root = Path(__file__).resolve().parents[1]
 modules = sorted(p for p in (root/'fastai_lp').glob('*.py') if p.name != '_modidx.py')
@@ -25,9 +25,28 @@ def test_readme_is_made_from_the_index_notebook():
 
 def test_table_in_readme_is_that_of_the_committed_runs():
     from fastai_lp.experiments import summarize, to_markdown
-    res = json.loads((root/'benchmarks'/'results'/'digits.json').read_text())
-    assert summarize(res['runs']) == res['summary'] and to_markdown(res['summary']) in (root/'README.md').read_text()
-    assert res['recipe'] == asdict(Recipe()), 'the recipe has changed since the runs: run them again'
+    runs = [json.loads(line) for line in (root/'benchmarks'/'results'/'digits.jsonl').read_text().splitlines()]
+    assert to_markdown(summarize(runs)) in (root/'README.md').read_text()
+    for r in runs:
+        recipe = replace(RECIPES['digits'], omega=r['recipe']['omega'], zeta=r['recipe']['zeta']).of(r['method'])
+        assert r['recipe'] == asdict(recipe), 'the recipe has changed since the runs: run them again'
+
+
+def test_what_the_committed_runs_show():
+    "Digits, 20 labels, draws 0 to 9"
+    from fastai_lp.experiments import summarize
+    runs = [json.loads(line) for line in (root/'benchmarks'/'results'/'digits.jsonl').read_text().splitlines()]
+    error = {s['row']: s['error'] for s in summarize(runs)}
+    assert {(r['labels'], r['seed']) for r in runs} == {(20, i) for i in range(10)} and {s['runs'] for s in summarize(runs)} == {10}
+    assert error['supervised'][0] > error['network'][0] > error['lp'][0]
+    assert error['mt+lp'][0] < error['mt'][0] + min(error['mt'][1], error['mt+lp'][1])
+    assert {'gtg', 'lp, ω = 1', 'lp, ζ = 1', 'lp, ω = ζ = 1'} < error.keys()
+
+
+def test_rates_of_the_digits_are_the_best_of_the_grid():
+    res = json.loads((root/'benchmarks'/'results'/'tune_digits.json').read_text())
+    assert res['seeds'] == [100, 107] and len({tuple(row) for row in res['error'].values()}) == 1  # the same grid for all
+    for method, row in res['error'].items(): assert RECIPES['digits'].lr[method] == float(min(row, key=lambda lr: row[lr][0])), method
 
 
 def test_one_version(): assert version('fastai_lp') == fastai_lp.__version__
@@ -51,7 +70,7 @@ def test_every_import_is_declared():
 
 
 def test_modules_import_only_what_stands_before_them():
-    order = 'graph diffusion pseudo labelers curation losses data features callback mean_teacher resume models datasets interpret estimator recipes experiments'.split()
+    order = 'graph diffusion pseudo labelers curation losses data features callback mean_teacher resume models datasets batches interpret estimator recipes experiments report'.split()
     for p in modules:
         if p.stem not in order: continue
         used = set(re.findall(r'^from (?:fastai_lp)?\.(\w+) import', p.read_text(), re.M))

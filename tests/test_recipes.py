@@ -14,9 +14,9 @@ from PIL import Image
 
 import fastai_lp.recipes
 from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import ImageArrays, show_labels
+from fastai_lp.datasets import ImageArrays, digits, show_labels
 from fastai_lp.interpret import LPInterpretation
-from fastai_lp.recipes import PAPER_METHODS, RECIPES, PaperRecipe, cosine, paper_table, run_method
+from fastai_lp.recipes import METHODS, RECIPES, Recipe, cosine, run_method
 
 
 def stripes(n, size, seed=0, classes=3):
@@ -33,45 +33,47 @@ def data():
     return show_labels(ImageArrays(torch.from_numpy(images), truth, np.arange(72), np.arange(72, 90)), 9)
 
 
-FEW = PaperRecipe(bs=16, labeled_bs=6, stage1=2, stage2=3, k=7)
+FEW = Recipe(bs=16, labeled_bs=6, stage1=2, stage2=3, k=7)
 
 
 def figures(run):
     "What must be equal, whatever the clock says"
-    stages = [[{k: v for k, v in row.items() if k != 'lp_sec'} for row in stage] for stage in run['stages']]
+    stages = [[{k: v for k, v in row.items() if k not in ('lp_sec', 'sec')} for row in stage] for stage in run['stages']]
     history = [{k: v for k, v in row.items() if k not in ('sec', 'seconds')} for row in run['history']]
     return str((stages, history, run['error_rate'], run['top5_error'], run['kept']))
 
 
-class Stop(Callback):
-    def __init__(self, kind, epoch): self.kind, self.at = kind, epoch
+class Stop:
+    "Interrupts the last batch of an epoch"
+    def __init__(self, stage, epoch): self.stage, self.epoch = stage, epoch
     def before_batch(self):
-        has = any(isinstance(cb, LPCallback) for cb in self.learn.cbs)
-        if self.training and self.epoch == self.at and self.iter == self.dls.train.__len__()-1 and has == (self.kind == 'stage2'): raise KeyboardInterrupt
+        def before_batch(watch):
+            second = any(isinstance(cb, LPCallback) for cb in watch.learn.cbs)
+            if watch.training and watch.epoch == self.epoch and watch.iter == len(watch.dls.train)-1 and second == (self.stage == 'stage2'): raise KeyboardInterrupt
+        return before_batch
 
 
-@pytest.mark.parametrize('method, stage, epoch', [('lp', 'stage1', 1), ('lp', 'stage2', 2), ('mt+lp', 'stage2', 1), ('gtg', 'stage2', 1)])
-def test_stopped_and_resumed(data, method, stage, epoch, tmp_path, monkeypatch):
-    recipe = replace(FEW, bs=8, labeled_bs=4)
-    through = run_method(data, method, recipe, tmp_path/'a', keep=(0, 2), device='cpu', bar=False)
+@pytest.mark.parametrize('of_digits', [False, True])
+@pytest.mark.parametrize('method, stage, epoch', [('lp', 'stage1', 1), ('lp', 'stage2', 2), ('mt', 'stage1', 1), ('mt+lp', 'stage2', 1), ('gtg', 'stage2', 1)])
+def test_stopped_and_resumed(data, of_digits, method, stage, epoch, tmp_path, monkeypatch):
+    "Bitwise: figures, weights, the teacher's too, and pseudo-labels"
+    if of_digits: data, recipe = digits(20), replace(RECIPES['digits'], stage1=2, stage2=3, width=4)
+    else: recipe = replace(FEW, bs=8, labeled_bs=4)
+    through = run_method(data, method, recipe, tmp_path/'a', device='cpu', bar=False)
     with monkeypatch.context() as m:
-        m.setattr(fastai_lp.recipes, 'cosine', lambda *a: _Both(cosine(*a), Stop(stage, epoch)))
-        with pytest.raises(KeyboardInterrupt): run_method(data, method, recipe, tmp_path/'b', keep=(0, 2), device='cpu', bar=False)
-    resumed = run_method(data, method, recipe, tmp_path/'b', keep=(0, 2), device='cpu', bar=False)
+        m.setattr(fastai_lp.recipes._Watch, 'before_batch', Stop(stage, epoch).before_batch(), raising=False)
+        with pytest.raises(KeyboardInterrupt): run_method(data, method, recipe, tmp_path/'b', device='cpu', bar=False)
+    resumed = run_method(data, method, recipe, tmp_path/'b', device='cpu', bar=False)
     assert figures(resumed) == figures(through)
-    for file in (tmp_path/'a').glob('*.pth'):
-        a, b = (torch.load(tmp_path/o/file.name, weights_only=True)['model'] for o in 'ab')
-        for k in a: assert torch.equal(a[k], b[k]), k
-
-
-class _Both(Callback):
-    "Two callbacks in one place"
-    order = 60
-    def __init__(self, schedule, stop): self.schedule, self.stop = schedule, stop
-    def __call__(self, name):
-        for cb in (self.schedule, self.stop):
-            cb.learn = self.learn
-            cb(name)
+    assert (method == 'mt' and not of_digits) == (len(through['stages']) == 1)
+    files = sorted(o.name for o in (tmp_path/'a').iterdir())
+    assert files == sorted(o.name for o in (tmp_path/'b').iterdir()) and len([o for o in files if o.endswith('.npz')]) == (0 if method == 'mt' else 3)
+    for file in files:
+        a, b = (tmp_path/o/file for o in 'ab')
+        if file.endswith('.pth'): states = [{**o['model'], **(o['mt'][0]['teacher'] if o['mt'] else {})} for o in (torch.load(f, weights_only=True) for f in (a, b))]
+        else: states = [{k: v for k, v in vars(LPInterpretation.load(f).pseudo).items() if isinstance(v, torch.Tensor)} for f in (a, b)]
+        assert len(states[0]) >= 5 and states[0].keys() == states[1].keys()
+        for k in states[0]: assert torch.equal(states[0][k], states[1][k]), (file, k)
 
 
 def test_methods_share_their_first_stage(data, tmp_path, capsys):
@@ -92,9 +94,31 @@ def test_ablation_and_kept_pseudo_labels(data, tmp_path):
 
 
 def test_paper_settings():
-    assert set(RECIPES) == {'cifar10', 'cifar100', 'mini_imagenet'} and PAPER_METHODS == ('supervised', 'network', 'gtg', 'lp', 'mt', 'mt+lp')
+    assert set(RECIPES) == {'digits', 'cifar10', 'cifar100', 'mini_imagenet'} and METHODS == ('supervised', 'network', 'gtg', 'lp', 'mt', 'mt+lp', 'diffusion')
     r = RECIPES['cifar10']
     assert (r.lr, r.bs, r.labeled_bs, r.stage1, r.stage2, r.momentum, r.wd, r.k, r.gamma, r.alpha, r.max_iter) == (.05, 100, 50, 180, 180, .9, 2e-4, 50, 3, .99, 20)
+    assert (r.tol, r.seeds, r.omega_norm, r.zeta_norm, r.decay, r.consistency, r.rampup, r.logit_distance) == (1e-6, 'class_size', 'all', 'items', .97, 100, 5, .01)
+    assert not (r.bf16 or r.augment_descriptors or r.fresh_teacher or r.baselines_go_on) and r.l2 and (r.optimizer, r.schedule) == ('sgd', 'cosine')
+
+
+@pytest.mark.parametrize('changes', [dict(omega_norm='unlabeled'), dict(zeta_norm='classes'), dict(seeds='raw'), dict(k=3), dict(gamma=1.), dict(alpha=.5), dict(max_iter=1),
+                                     dict(augment_descriptors=True), dict(lr=.01), dict(momentum=.5), dict(wd=.1), dict(zero_at=1.), dict(l2=False), dict(bs=12), dict(bf16=True)])
+def test_settings_reach_the_run(data, changes, tmp_path):
+    a, b = (run_method(data, 'lp', replace(FEW, network='small', **o), tmp_path/str(i), device='cpu', bar=False) for i, o in enumerate(({}, changes)))
+    assert figures(a) != figures(b)
+    if changes.keys() & {'omega_norm', 'zeta_norm', 'seeds', 'k', 'gamma', 'alpha', 'max_iter', 'augment_descriptors'}:
+        assert a['stages'][0] == b['stages'][0] or figures(dict(a, stages=a['stages'][:1], history=[], error_rate=0, top5_error=0)) == figures(dict(b, stages=b['stages'][:1], history=[], error_rate=0, top5_error=0))
+
+
+@pytest.mark.parametrize('changes', [dict(decay=.5), dict(consistency=1.), dict(rampup=50), dict(logit_distance=.5), dict(fresh_teacher=True)])
+def test_settings_of_mean_teacher_reach_the_run(data, changes, tmp_path):
+    a, b = (run_method(data, 'mt+lp', replace(FEW, network='convnet13' if 'logit_distance' in changes else 'small', stage2=2, **o), tmp_path/str(i), device='cpu', bar=False) for i, o in enumerate(({}, changes)))
+    assert figures(a) != figures(b)
+
+
+@pytest.mark.parametrize('changes, said', [(dict(network='vgg'), 'network'), (dict(optimizer='lamb'), 'optimizer'), (dict(schedule='step'), 'schedule')])
+def test_unknown_settings(data, changes, said, tmp_path):
+    with pytest.raises(ValueError, match=said): run_method(data, 'lp', replace(FEW, **changes), tmp_path, device='cpu', bar=False)
 
 
 @pytest.fixture(scope='module')
@@ -119,21 +143,24 @@ def test_command_line(cifar_like, tmp_path):
     lp_train = str(Path(sys.executable).with_name('lp_train'))
     def call(*args): return subprocess.run([lp_train, 'cifar10', '--labels', '20', '--data', str(cifar_like), '--epochs', '1', '--out', str(tmp_path), '--device', 'cpu', *args], capture_output=True, text=True)
     split = '--split', '1', '--splits', str(cifar_like.with_name('splits.npz'))
+    assert call('--methods', 'diffusion', '--split', '0-1', '--out', str(tmp_path/'b')).returncode == 0  # the file beside the images is another
+    assert [json.loads(line)['name'] for line in (tmp_path/'b'/'cifar10.jsonl').read_text().splitlines()] == ['cifar10-20-seed0', 'cifar10-20-seed1']
     res = call('--methods', 'supervised,lp', *split)
-    assert res.returncode == 0 and '| lp | 20 |' in res.stdout, res.stderr
+    assert res.returncode == 0 and 'cifar10, 20 labels, 1 splits of' in res.stdout and '\n| lp         |' in res.stdout, res.stderr
     assert call('--methods', 'lp', '--no-omega', *split).returncode == 0
     runs = [json.loads(line) for line in (tmp_path/'cifar10.jsonl').read_text().splitlines()]
     assert [(r['name'], r['method'], r['recipe']['omega']) for r in runs] == [('cifar10-20-split1', 'supervised', True), ('cifar10-20-split1', 'lp', True), ('cifar10-20-split1', 'lp', False)]
     assert runs[1]['environment']['fastai_lp'] and runs[1]['labels'] == 20 and runs[1]['items'] == 80 and len(runs[1]['history']) == 1
     assert call('--methods', 'lp', *split).returncode == 0
     assert len((tmp_path/'cifar10.jsonl').read_text().splitlines()) == 3  # the same run has one line
-    for args, said in ((('--methods', 'vat', *split), 'unknown method(s) vat'), (('--split', '1'), '--split and --splits together')):
+    for args, said in ((('--methods', 'vat', *split), 'unknown method(s) vat'), (split[2:], 'expected --split'), (('--split', 'ten'), 'expected numbers')):
         res = call(*args)
         assert res.returncode and said in res.stderr and 'Traceback' not in res.stderr
-    res = subprocess.run([lp_train, 'digits', '--epochs', '3'], capture_output=True, text=True)
-    assert res.returncode and 'the digits have' in res.stderr
 
 
-def test_table():
-    runs = [dict(method='lp', labels=500, error_rate=e, history=[dict(accuracy=.7)]) for e in (.3, .32)] + [dict(method='mt', labels=500, error_rate=.9, teacher_error_rate=.25, history=[])]
-    assert paper_table(runs).splitlines()[2:] == ['| lp | 500 | 31.0 ± 1.4 | 70.0 ± 0.0 | 2 |', '| mt | 500 | 25.0 | – | 1 |']
+def test_splits_beside_the_images(cifar_like, tmp_path):
+    "DATASET_splits.npz in the folder of --data is what --split means"
+    for o in ('cifar.npz', 'splits.npz'): (tmp_path/('cifar10_'*(o == 'splits.npz') + o)).symlink_to(cifar_like.with_name(o))
+    res = subprocess.run([Path(sys.executable).with_name('lp_train'), 'cifar10', '--labels', '20', '--data', tmp_path/'cifar.npz', '--methods', 'diffusion', '--split', '2', '--out', tmp_path], capture_output=True, text=True)
+    assert res.returncode == 0, res.stderr
+    assert json.loads((tmp_path/'cifar10.jsonl').read_text())['name'] == 'cifar10-20-split2' and 'cifar10_splits.npz' in res.stdout
