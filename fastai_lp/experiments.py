@@ -163,12 +163,11 @@ def _numbers(text, what):
     return [i for o in parts for i in range(o[0], o[-1]+1)]
 
 
-def _splits(dataset, split, splits, data, labels):
-    "The file of splits, if there is one, and what to take from it"
-    beside = Path(data).parent/f'{dataset}_splits.npz' if data else None
-    if splits is None and split is not None and beside and beside.exists(): splits = beside
-    if splits and split is None: raise ValueError("expected --split, rows of --splits such as 10-19")
-    return splits
+def _beside(dataset, data, labels):
+    "The file of splits in the folder of the images, where it has such splits"
+    file = Path(data).parent/f'{dataset}_splits.npz' if data else None
+    if not file or not file.exists(): return None
+    with np.load(file, allow_pickle=False) as f: return file if f'labels_{labels}' in f.files else None
 
 
 @call_parse
@@ -180,7 +179,7 @@ def lp_train(
     out:str='results', # folder for the results: a line per run in DATASET.jsonl, a figure, checkpoints, pseudo-labels
     device:str=None, # 'cpu', 'cuda'; default: the GPU where there is one
     split:str=None, # rows of --splits, such as 10 or 10-19; without such a file, seeds of draws
-    splits:str=None, # .npz file with arrays `labels_N` of indices; default: DATASET_splits.npz beside --data, where it is
+    splits:str=None, # .npz file with arrays `labels_N` of indices; default: DATASET_splits.npz beside --data, where it has as many labels and no image is left out
     data:str=None, # folder or .npz file of the images; default: download (mini_imagenet has none)
     n_train:int=None, # training images, for a trial; default: all
     n_test:int=None, # test images; default: all
@@ -202,7 +201,8 @@ def lp_train(
         if epochs is not None:
             stages = _numbers(epochs, 'epochs')
             changes |= dict(stage1=stages[0], stage2=stages[-1])
-        splits = _splits(dataset, split, splits, data, labels)
+        if splits and split is None: raise ValueError("expected --split, rows of --splits such as 10-19")
+        if split is not None and splits is None and n_train is None: splits = _beside(dataset, data, labels)
         rows = range(seeds) if split is None else _numbers(split, 'split')
         runs = run_experiment(dataset, labels, methods, rows, replace(RECIPES[dataset], **changes), data, splits, n_train, n_test, out, device)
     except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e))

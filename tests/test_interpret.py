@@ -181,7 +181,7 @@ def unwell(n=200):
                 reached=propagate(islands, two, k=5), **{'class': propagate(torch.ones(n, 16), few)})
 
 
-@pytest.mark.parametrize('what,match', [('certainty', 'is next to nothing.*warmup='), ('class', 'class .* takes over: 100%'), ('residual', 'raise max_iter= .now 2'),
+@pytest.mark.parametrize('what,match', [('certainty', 'is next to nothing.*warmup='), ('class', 'class .* takes over: 100%'), ('residual', 'after 2 .*Raise max_iter='),
                                         ('reached', 'no label reaches 100 of 198 unlabeled items')])
 def test_advice_names_what_looks_wrong(what, match):
     import re
