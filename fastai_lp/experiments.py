@@ -145,9 +145,11 @@ def _epochs(method, recipe): return 0 if method == 'diffusion' else recipe.stage
 
 
 def _record(file, run):
+    run = json.loads(json.dumps(run))
     def key(r): return r['name'], r['method'], r['recipe']
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    lines = [r for r in before if key(r) != key(run)] + [run]
+    lines = [run if key(r) == key(run) else r for r in before]
+    if run not in lines: lines.append(run)
     file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f'{file.name}.tmp')
     tmp.write_text(''.join(json.dumps(r) + '\n' for r in lines))

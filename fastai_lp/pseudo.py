@@ -252,7 +252,7 @@ def advice(
         res['class'] = (f"class {names[top] if names is not None else top} takes over: {share[top]:.0%} of the pseudo-labels, {given[top]:.0%} of the given labels. Train longer on the "
                         "labeled items first (warmup=), lower the learning rate, or label more items of the other classes")
     if pseudo.residual > .05:
-        res['residual'] = f"the spreading stopped before its end: after {pseudo.n_iter} iterations the residual is {pseudo.residual:.2f}, above 0.05. Raise max_iter=, or, for diffusion, lower alpha="
+        res['residual'] = f"the spreading stopped before its end: after {pseudo.n_iter} iterations the residual is {pseudo.residual:.3f}, above 0.05. Raise max_iter=, or, for diffusion, lower alpha="
     if (lost := (free & ~pseudo.reached).sum().item()) > .1*n:
         res['reached'] = (f"no label reaches {lost} of {n} unlabeled items, which train with weight 0: raise k= so that the graph hangs together, raise max_iter=, "
                           "or label items among them (LPInterpretation's suggest finds them)")

@@ -2,10 +2,12 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastai_lp.experiments import plot_runs, row_name, run_experiment, summarize, to_markdown
 from fastai_lp.recipes import METHODS, RECIPES, Recipe
@@ -33,7 +35,28 @@ def test_lines_stay_and_are_replaced(tmp_path):
     run_experiment('digits', 20, ['lp'], [0], replace(SMALL, omega=False), out=tmp_path, device='cpu')
     before = (tmp_path/'digits.jsonl').read_text()
     run_experiment('digits', 20, ['lp'], [0], SMALL, out=tmp_path, device='cpu')
-    assert lines() == [('lp', False), ('lp', True)] and sorted((tmp_path/'digits.jsonl').read_text().splitlines()) == sorted(before.splitlines())
+    assert lines() == [('lp', True), ('lp', False)] and (tmp_path/'digits.jsonl').read_text() == before
+
+
+def test_killed_and_called_again(tmp_path):
+    "kill -9 in the second stage; called again, the program ends bitwise where it would have ended"
+    def call(out): return [Path(sys.executable).with_name('lp_train'), 'digits', '--methods', 'mt+lp', '--seeds', '1', '--epochs', '1,4', '--device', 'cpu', '--out', out]
+    stage2 = 'digits-20-seed0-mt+lp-stage2.pth'
+    subprocess.run(call(tmp_path/'a'), check=True, capture_output=True)
+    with subprocess.Popen(call(tmp_path/'b'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path/'b'/stage2).exists() and process.poll() is None: time.sleep(.05)
+        process.kill()
+    assert process.returncode == -9 and not (tmp_path/'b'/'digits.jsonl').exists() and torch.load(tmp_path/'b'/stage2)['epoch'] < 4
+    subprocess.run(call(tmp_path/'b'), check=True, capture_output=True)
+    a, b = (torch.load(tmp_path/o/stage2) for o in 'ab')
+    for x, y in ((a['model'], b['model']), (a['mt'][0]['teacher'], b['mt'][0]['teacher']), (a['lp'][0]['pseudo'], b['lp'][0]['pseudo'])):
+        assert x.keys() == y.keys() and len(x) > 5
+        for k in x:
+            if isinstance(x[k], torch.Tensor): assert torch.equal(x[k], y[k]), k
+    def line(out):
+        run = json.loads((tmp_path/out/'digits.jsonl').read_text())
+        return [[{k: v for k, v in row.items() if not k.endswith('sec')} for row in o] for o in run['stages']], [(h['accuracy'], h['network_accuracy'], h['residual']) for h in run['history']], run['kept']
+    assert line('a') == line('b')
 
 
 def test_same_seed_same_result(tmp_path):
