@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'test_error', 'row_name', 'summarize', 'to_markdown', 'plot_runs', 'read_images', 'run_experiment',
-           'lp_train']
+           'read_lines', 'lp_train']
 
-# %% ../nbs/24_experiments.ipynb #e33c079a
+# %% ../nbs/24_experiments.ipynb #13a700cf
+import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.ticker import MaxNLocator
 from fastai.torch_core import progress_bar
 from fastcore.script import call_parse, store_true
@@ -99,6 +101,7 @@ def read_images(
 )->ImageArrays:
     "The images of an experiment; a `ValueError` for an unknown data set"
     if dataset not in RECIPES: raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(RECIPES)}")
+    if dataset == 'mini_imagenet' and data is None: raise ValueError("mini_imagenet cannot be downloaded: pass data, its folder")
     if dataset == 'digits':
         if not data is n_train is n_test is None: raise ValueError("the digits come with scikit-learn, all of them: leave out data, n_train and n_test")
         return digits()
@@ -109,32 +112,37 @@ def run_experiment(
     dataset:str='digits', # a key of `RECIPES`
     labels:int=20, # labeled items, in all
     methods:list=('supervised', 'network', 'lp'), # of `METHODS`
-    splits:list=(0, 1, 2), # rows of `split_file`, or, without one, seeds of balanced draws of the labels
+    splits:list=(0, 1, 2), # of `split_file`, or, without one, seeds of balanced draws of the labels
     recipe:Recipe=None, # None: that of the data set
     data=None, # folder or file for the set's reader; None: download
-    split_file=None, # .npz with arrays `labels_N`, see `show_labels`
+    split_file=None, # .npz with arrays `labels_N`, of which a split is a row; or the name of a label list with {split} where its number stands. See `show_labels`
     n_train:int=None, # training images; None: all. With fewer, k is no larger than `default_k` of them
     n_test:int=None, # test images; None: all
-    out='results', # folder; `DATASET.jsonl` in it gets a line per run, in place of the same run's line of before
+    out='results', # folder; `DATASET.jsonl` in it gets a line per run
     device=None, # None: the GPU where there is one
 )->list: # the dicts of these runs
     """Run methods on splits, each run saved when it is done, and each gone on with where it was stopped.
 
     Raises `ValueError` for unknown names, and whatever the set's reader and `show_labels` raise."""
+    methods, splits = list(dict.fromkeys(methods)), list(dict.fromkeys(splits))
+    if not methods or not splits: raise ValueError("expected at least one method and one split")
     unknown = [m for m in methods if m not in METHODS]
     if unknown: raise ValueError(f"unknown method(s) {', '.join(unknown)}: expected any of {', '.join(METHODS)}")
     images, out, runs = read_images(dataset, data, n_train, n_test), Path(out), []
     recipe = recipe or RECIPES[dataset]
     if n_train is not None and recipe.k: recipe = replace(recipe, k=min(recipe.k, default_k(len(images.train))))
-    shown = {o: show_labels(images, labels, file=split_file, split=o) if split_file else show_labels(images, labels, seed=o) for o in splits}
+    shown = {o: _show(images, labels, split_file, o) for o in splits}
+    changes = {k: v for k, v in asdict(recipe).items() if k not in ('omega', 'zeta') and v != getattr(RECIPES[dataset], k)} | ({} if n_test is None else dict(n_test=n_test))
+    tag = f"-{hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:6]}" if changes else ''  # files of other settings have other names
+    out.mkdir(parents=True, exist_ok=True)
     bar = progress_bar(range(len(splits)*sum(_epochs(m, recipe) for m in methods)))
     bar.update(0)
     def report(): bar.update(bar.last_v + 1)
     for split in splits:
-        name = f"{dataset}{'' if n_train is None else f'_{n_train}'}-{labels}-{'split' if split_file else 'seed'}{split}"
+        name = f"{dataset}{'' if n_train is None else f'_{n_train}'}-{labels}{tag}-{'split' if split_file else 'seed'}{split}"
         for method in methods:
             bar.comment = file_name(name, method, recipe)
-            runs.append(dict(dataset=dataset, data=None if data is None else str(data), n_train=n_train, n_test=n_test,
+            runs.append(dict(dataset=dataset, data=None if data is None else str(data), splits=None if split_file is None else str(split_file), n_train=n_train, n_test=n_test,
                              **run_method(shown[split], method, recipe, out, name, split, device=device, bar=False, report=report)))
             _record(out/f'{dataset}.jsonl', runs[-1])
     runs.sort(key=lambda r: methods.index(r['method']))
@@ -144,25 +152,54 @@ def run_experiment(
 def _epochs(method, recipe): return 0 if method == 'diffusion' else recipe.stage1 + recipe.stage2*(recipe.baselines_go_on or method not in ('supervised', 'mt'))
 
 
+def _show(images, labels, file, split):
+    if file is None: return show_labels(images, labels, seed=split)
+    if Path(file).suffix == '.npz': return show_labels(images, labels, file=file, split=split)
+    if '{split}' not in str(file): raise ValueError(f"splits={str(file)!r}: expected an .npz file, or the name of a label list with {{split}} where its number stands")
+    shown = show_labels(images, file=str(file).format(split=split))
+    if (n := (shown.shown >= 0).sum()) != labels: raise ValueError(f"{str(file).format(split=split)} has {n} labels, not {labels}")
+    return shown
+
+
+_NEEDED = 'dataset', 'name', 'method', 'labels', 'items', 'recipe', 'error_rate', 'top5_error'
+
+
+def read_lines(
+    file, # .jsonl that `run_experiment` wrote
+)->list: # dicts
+    "Its runs: where one was written twice, the later; a `ValueError` names a line that is not JSON"
+    runs = {}
+    for i, line in enumerate(Path(file).read_text().splitlines(), 1):
+        if not line.strip(): continue
+        try: run = json.loads(line)
+        except json.JSONDecodeError as e: raise ValueError(f"{file}, line {i}: this is not JSON ({e}); remove the line and run lp_train again") from e
+        if not isinstance(run, dict) or any(o not in run for o in _NEEDED) or run['dataset'] not in RECIPES or run['method'] not in METHODS:
+            raise ValueError(f"{file}, line {i}: this is not a run of lp_train, with {', '.join(_NEEDED)}, a known dataset and method")
+        runs[str([run.get(o) for o in ('name', 'method', 'recipe', 'data', 'splits')])] = run
+    return list(runs.values())
+
+
 def _record(file, run):
+    "A line at the end, in one write, so that several programs may share the file; none for a run that is there, as when a finished one is asked for again"
     run = json.loads(json.dumps(run))
-    def key(r): return r['name'], r['method'], r['recipe']
-    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    lines = [run if key(r) == key(run) else r for r in before]
-    if run not in lines: lines.append(run)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f'{file.name}.tmp')
-    tmp.write_text(''.join(json.dumps(r) + '\n' for r in lines))
-    tmp.replace(file)
+    if file.exists() and any({**o, 'environment': run['environment']} == run for o in read_lines(file)): return
+    with open(file, 'ab', buffering=0) as f: f.write((json.dumps(run) + '\n').encode())
 
 
-def _numbers(text, what):
+def _numbers(text):
     "'0,3' or '10-19' as a list"
     try:
         parts = [[int(o) for o in part.split('-')] for part in text.split(',')]
-        if any(len(o) > 2 for o in parts): raise ValueError
-    except ValueError: raise ValueError(f"{what}={text!r}: expected numbers, such as 10 or 10,12 or 10-19") from None
+        if any(len(o) > 2 or o[0] > o[-1] for o in parts): raise ValueError
+    except ValueError: raise ValueError(f"split={text!r}: expected numbers, such as 10 or 10,12 or 10-19") from None
     return [i for o in parts for i in range(o[0], o[-1]+1)]
+
+
+def _stages(text):
+    "'180' or '5,15' as the epochs of both stages"
+    stages = [int(o) if o.isdecimal() else 0 for o in text.split(',')]
+    if len(stages) > 2 or min(stages) < 1: raise ValueError(f"epochs={text!r}: expected one or two numbers above 0, such as 180 or 5,15")
+    return dict(stage1=stages[0], stage2=stages[-1])
 
 
 def _beside(dataset, data, labels):
@@ -181,8 +218,8 @@ def lp_train(
     out:str='results', # folder for the results: a line per run in DATASET.jsonl, a figure, checkpoints, pseudo-labels
     device:str=None, # 'cpu', 'cuda'; default: the GPU where there is one
     split:str=None, # rows of --splits, such as 10 or 10-19; without such a file, seeds of draws
-    splits:str=None, # .npz file with arrays `labels_N` of indices; default: DATASET_splits.npz beside --data, where it has as many labels and no image is left out
-    data:str=None, # folder or .npz file of the images; default: download (mini_imagenet has none)
+    splits:str=None, # .npz file with arrays `labels_N` of indices, or the name of a label list with {split} where its number stands, such as lists/{split}.txt; default: DATASET_splits.npz beside --data, where it has as many labels and no image is left out
+    data:str=None, # folder or .npz file of the images; default: download, which mini_imagenet has none of
     n_train:int=None, # training images, for a trial; default: all
     n_test:int=None, # test images; default: all
     epochs:str=None, # of the stages, such as 180 or 5,15; default: the recipe's
@@ -197,15 +234,15 @@ def lp_train(
     methods = [m.strip() for m in methods.split(',')]
     try:
         if dataset not in RECIPES: raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(RECIPES)}")
-        labels = labels or dict(digits=20, cifar10=500).get(dataset, 4000)
+        if device is not None and torch.device(device).type == 'cuda' and not torch.cuda.is_available(): raise ValueError(f"device={device!r}: torch sees no CUDA GPU here")
+        if labels is None: labels = dict(digits=20, cifar10=500).get(dataset, 4000)
         changes = dict(omega=not no_omega, zeta=not no_zeta, augment_descriptors=augment_descriptors, bf16=bf16, channels_last=channels_last)
         if network is not None: changes['network'] = network
-        if epochs is not None:
-            stages = _numbers(epochs, 'epochs')
-            changes |= dict(stage1=stages[0], stage2=stages[-1])
+        if epochs is not None: changes |= _stages(epochs)
         if splits and split is None: raise ValueError("expected --split, rows of --splits such as 10-19")
         if split is not None and splits is None and n_train is None: splits = _beside(dataset, data, labels)
-        rows = range(seeds) if split is None else _numbers(split, 'split')
+        rows = range(seeds) if split is None else _numbers(split)
+        if split is not None and not splits and dataset != 'digits': print(f"no file of splits: the labels are drawn, with seeds {split}. Pass --splits for those of others")
         runs = run_experiment(dataset, labels, methods, rows, replace(RECIPES[dataset], **changes), data, splits, n_train, n_test, out, device)
     except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e))
     what = f"{dataset}, {labels} labels, {len(rows)} {f'splits of {splits}' if splits else 'draws of the labels'}"

@@ -17,9 +17,9 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator, NullLocator
 from fastcore.script import call_parse
 
-from .experiments import COLORS, read_images, test_error
+from .experiments import COLORS, read_images, row_name, test_error
 from .interpret import CLASSES, LPInterpretation, plot_toy, toy
-from .report import LONG, PAPER, as_paper, experiment, read_runs, row_of, settings, _by, _spans, _title
+from .report import LONG, PAPER, as_paper, experiment, grouped, names_of, read_runs, settings, title_of
 
 # %% ../nbs/26_figures.ipynb #2461e7ac
 def figure1():
@@ -109,16 +109,16 @@ class Lacking(ValueError):
 
 def _chosen(runs, row, dataset, labels, enough, what):
     "The runs of a row, of one experiment with one number of labels, that have enough for a figure"
-    some = [r for r in runs if row_of(r) == row and dataset in (None, r['dataset']) and labels in (None, r['labels']) and enough(r)]
+    some = [r for r in runs if row_name(r) == row and dataset in (None, r['dataset']) and labels in (None, r['labels']) and enough(r)]
     if not some: raise Lacking(f"no run of {row}{f' on {dataset}' if dataset else ''}{f' with {labels} labels' if labels else ''} {what}; "
                                   f"lp_train {dataset or 'cifar10'}{f' --labels {labels}' if labels else ''} --methods {row} makes one")
-    return _by(some, experiment, lambda r: r['labels'], settings)[0]
+    return grouped(some, experiment, lambda r: r['labels'], settings)[0]
 
 
 def _caption(fig, runs, more=''):
     "What was drawn, in small letters under the figure"
     told = ''.join(dict.fromkeys(f'; {k} {v}' for r in runs for k, v in settings(r).items()))
-    text = f"{_title(experiment(runs[0]))}. {', '.join(dict.fromkeys(r['file'].name for r in runs))}: {_spans(runs)}{told}{more}"
+    text = f"{title_of(experiment(runs[0]))}. {', '.join(dict.fromkeys(r['file'].name for r in runs))}: {names_of(runs)}{told}{more}"
     fig.supxlabel(textwrap.fill(text, int(18*fig.get_figwidth())), fontsize=7, color='.35')
     return fig
 
@@ -144,9 +144,9 @@ def figure4(
     some = _chosen(runs, 'lp', dataset, labels, partial(_knows, key='accuracy'), 'knows the accuracy of its pseudo-labels')
     fig, ax = plt.subplots(figsize=(6, 3.8), layout='constrained')
     _band(ax, some, 'accuracy', 'lp', 'diffusion (lp)')
-    beside = [r for r in runs if row_of(r) == 'network' and (experiment(r), r['labels']) == (experiment(some[0]), some[0]['labels']) and _knows(r, 'accuracy')]
+    beside = [r for r in runs if row_name(r) == 'network' and (experiment(r), r['labels']) == (experiment(some[0]), some[0]['labels']) and _knows(r, 'accuracy')]
     own = [r for r in some if _knows(r, 'network_accuracy')]
-    if beside: _band(ax, beside := _by(beside, settings)[0], 'accuracy', 'network', 'network prediction (network)', '--')
+    if beside: _band(ax, beside := grouped(beside, settings)[0], 'accuracy', 'network', 'network prediction (network)', '--')
     elif own: _band(ax, own, 'network_accuracy', 'network', "prediction of the lp runs' own network", '--')
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel='epoch of stage 2', ylabel='accuracy on unlabeled items %', title=f"Pseudo-labels, {some[0]['labels']} labels")
@@ -184,12 +184,12 @@ def figure6(
     dataset:str=None, # None: that of the most runs
 ):
     "Test error against the number of labels, with one standard deviation over splits, of one experiment; the paper's dashed where it is the same"
-    some = [r for r in runs if dataset in (None, r['dataset']) and ',' not in row_of(r)]
+    some = [r for r in runs if dataset in (None, r['dataset']) and ',' not in row_name(r)]
     if not some: raise Lacking(f"no run{f' on {dataset}' if dataset else ''}; lp_train {dataset or 'cifar10'} --methods supervised,lp makes some")
     fig, ax = plt.subplots(figsize=(6, 4), layout='constrained')
-    some, shown, ticks, dashed = _by(some, experiment)[0], [], set(), ''
+    some, shown, ticks, dashed = grouped(some, experiment)[0], [], set(), ''
     for method in [m for m in COLORS if any(r['method'] == m for r in some)]:
-        mine = _by([r for r in some if r['method'] == method], settings)[0]
+        mine = grouped([r for r in some if r['method'] == method], settings)[0]
         errors = {n: [100*test_error(r) for r in mine if r['labels'] == n] for n in sorted({r['labels'] for r in mine})}
         paper = {c[2]: PAPER[c][method][0] for c in PAPER if c[:2] == (mine[0]['dataset'], 'error_rate') and method in PAPER[c] and as_paper(mine[0])}
         ax.errorbar(list(errors), [np.mean(o) for o in errors.values()], [np.std(o, ddof=min(1, len(o)-1)) for o in errors.values()], fmt='o-', ms=4, capsize=3, color=COLORS[method], label=LONG[method])

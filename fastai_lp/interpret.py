@@ -139,13 +139,15 @@ class LPInterpretation:
         method:str='lp', # of the run
         seed:int=0, # of the run
         epoch:int=None, # of its second stage; None: the last
+        labels:int=None, # of the run, where there are runs with several numbers of them
     ):
         "From a run of `lp_train` with ω and ζ, which keeps the pseudo-labels of some epochs beside its results; a `ValueError` where it has them not"
         fname = Path(fname)
         runs = [r for r in map(json.loads, fname.read_text().splitlines()) if r['recipe']['omega'] and r['recipe']['zeta']]
-        match = [r for r in runs if r['method'] == method and r['seed'] == seed]
+        match = [r for r in runs if r['method'] == method and r['seed'] == seed and labels in (None, r['labels'])]
+        if len(names := sorted({r['name'] for r in match})) > 1: raise ValueError(f"{fname} has several runs of {method!r} with seed {seed}: {', '.join(names)}; pass labels=, or load a file that a line names")
         if not match: raise ValueError(f"no run of {method!r} with seed {seed} in {fname}: it has {sorted({(r['method'], r['seed']) for r in runs})}")
-        kept = {int(Path(o).stem.rsplit('-', 1)[1]): o for o in match[0]['kept']}
+        kept = {int(Path(o).stem.rsplit('-', 1)[1]): o for o in match[-1]['kept']}
         if not kept: raise ValueError(f"the run of {method!r} in {fname} has no pseudo-labels")
         if epoch is not None and epoch not in kept: raise ValueError(f"the run of {method!r} in {fname} kept the pseudo-labels of epochs {list(kept)}, not those of {epoch}")
         return cls.load(fname.parent/kept[max(kept) if epoch is None else epoch])

@@ -103,10 +103,10 @@ class ResumeCallback(FitScoped):
     def __init__(self,
         fname, # path of the file, written whole or not at all. A file per fit: two of them for two stages
         every:int=1, # save after every so many epochs, and after the last
-        settings:str='', # what else must be the same for a run to go on, such as a recipe: compared with what is in the file
+        settings:dict=None, # what else must be the same for a run to go on, such as a recipe, as numbers and strings: compared with what is in the file
     ):
         if every < 1: raise ValueError(f"every={every}: expected at least 1 epoch")
-        self.fname, self.every, self.settings = Path(fname), every, settings
+        self.fname, self.every, self.settings = Path(fname), every, settings or {}
         self._init_state()
 
     _stateattrs = ('_saved', '_done')
@@ -142,7 +142,8 @@ class ResumeCallback(FitScoped):
         now = self._fit_of()
         wrong = [k for k, v in now.items() if s['fit'][k] != v]
         if not wrong: return
-        what = 'parameters' if 'parameters' in wrong else ', '.join(f'{k} {s["fit"][k]} there, {now[k]} here' for k in wrong)
+        there, now = ({**{k: v for k, v in o.items() if k != 'settings'}, **o['settings']} for o in (s['fit'], now))
+        what = 'parameters' if 'parameters' in wrong else ', '.join(f'{k} {there.get(k)} there, {now.get(k)} here' for k in {**there, **now} if there.get(k) != now.get(k))
         raise ValueError(f"{self.fname} is of another fit ({what}): resume with the same data, model, callbacks, settings and number of epochs, or name another file")
 
     def before_epoch(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastai_lp.experiments import plot_runs, row_name, run_experiment, summarize, to_markdown
+from fastai_lp.experiments import plot_runs, read_lines, row_name, run_experiment, summarize, to_markdown
 from fastai_lp.recipes import METHODS, RECIPES, Recipe
 
 SMALL = replace(RECIPES['digits'], stage1=1, stage2=2, width=8)
@@ -24,25 +24,41 @@ def test_a_run_is_a_line(tmp_path):
     assert [row['epoch'] for row in lp['history']] == [0, 1] and [len(o) for o in lp['stages']] == [1, 2] and lp['error_rate'] == lp['stages'][1][-1]['error_rate']
     assert all(row['top5_error'] <= row['error_rate'] and row['sec'] > 0 for o in lp['stages'] for row in o)
     assert lp['seconds'] == {f'stage{i+1}': sum(row['sec'] for row in o) for i, o in enumerate(lp['stages'])}
-    assert lp['recipe']['lr'] == RECIPES['digits'].lr['lp'] and lp['recipe']['stage2'] == 2 and lp['environment']['torch'] and lp['kept'] == ['digits-20-seed0-lp-0.npz', 'digits-20-seed0-lp-1.npz']
+    assert lp['recipe']['lr'] == RECIPES['digits'].lr['lp'] and lp['recipe']['stage2'] == 2 and lp['environment']['torch'] and lp['kept'] == [f"{lp['name']}-lp-{i}.npz" for i in (0, 1)] and all((tmp_path/'new'/o).exists() for o in lp['kept'])
     assert (lp['dataset'], lp['labels'], lp['items']) == ('digits', 20, 1347)
 
 
-def test_lines_stay_and_are_replaced(tmp_path):
-    "A second call adds its runs, and writes the same run's line anew"
-    def lines(): return [(o['method'], o['recipe']['omega']) for o in map(json.loads, (tmp_path/'digits.jsonl').read_text().splitlines())]
-    run_experiment('digits', 20, ['lp'], [0], SMALL, out=tmp_path, device='cpu')
-    run_experiment('digits', 20, ['lp'], [0], replace(SMALL, omega=False), out=tmp_path, device='cpu')
+def test_one_folder_for_many_calls(tmp_path):
+    "Other settings have lines and files of their own; what is done is neither trained nor written again; methods without weights have none to switch off"
+    def call(methods=('lp',), **changes): return run_experiment('digits', 20, methods, [0], replace(SMALL, **changes), out=tmp_path, device='cpu')[0]
+    first = call()
+    call(omega=False)
+    other = call(stage2=3)
     before = (tmp_path/'digits.jsonl').read_text()
-    run_experiment('digits', 20, ['lp'], [0], SMALL, out=tmp_path, device='cpu')
-    assert lines() == [('lp', True), ('lp', False)] and (tmp_path/'digits.jsonl').read_text() == before
+    assert call()['stages'] == first['stages'] and (tmp_path/'digits.jsonl').read_text() == before
+    runs = read_lines(tmp_path/'digits.jsonl')
+    assert [(r['recipe']['omega'], len(r['stages'][1])) for r in runs] == [(True, 2), (False, 2), (True, 3)]
+    assert other['name'] != first['name'] and not {*first['kept']} & {*other['kept']} and all((tmp_path/o).exists() for r in runs for o in r['kept'])
+    call(['supervised'])
+    call(['supervised'], omega=False)
+    assert [row_name(r) for r in read_lines(tmp_path/'digits.jsonl')[3:]] == ['supervised']
+
+
+def test_two_programs_one_file(tmp_path):
+    "Each writes whole lines, and none is lost"
+    run = dict(dataset='digits', method='lp', labels=20, items=9, recipe=dict(omega=True), error_rate=.1, top5_error=0., environment={}, history=list(range(9000)))
+    code = ("import json, sys; from pathlib import Path; from fastai_lp.experiments import _record\n"
+            f"for i in range(30): _record(Path(sys.argv[1]), json.loads({json.dumps(run)!r}) | dict(name=sys.argv[2]+str(i)))")
+    both = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, tmp_path/'digits.jsonl', name]) for name in 'ab']
+    assert [p.wait() for p in both] == [0, 0]
+    assert sorted(r['name'] for r in read_lines(tmp_path/'digits.jsonl')) == sorted(f'{o}{i}' for o in 'ab' for i in range(30))
 
 
 def test_killed_and_called_again(tmp_path):
     "kill -9 in the second stage; called again, the program ends bitwise where it would have ended"
     def call(out): return [Path(sys.executable).with_name('lp_train'), 'digits', '--methods', 'mt+lp', '--seeds', '1', '--epochs', '1,4', '--device', 'cpu', '--out', out]
-    stage2 = 'digits-20-seed0-mt+lp-stage2.pth'
     subprocess.run(call(tmp_path/'a'), check=True, capture_output=True)
+    stage2 = next((tmp_path/'a').glob('*-stage2.pth')).name
     with subprocess.Popen(call(tmp_path/'b'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not (tmp_path/'b'/stage2).exists() and process.poll() is None: time.sleep(.05)
         process.kill()
@@ -85,8 +101,13 @@ def test_figure():
     assert right.lines[0].get_ydata() == pytest.approx([10, 85])
 
 
-@pytest.mark.parametrize('args, message', [(['cifar'], "unknown dataset 'cifar'"), (['digits', '--methods', 'lp,svm'], 'unknown method(s) svm'), (['digits', '--labels', '25'], 'multiple of 10'),
-                                           (['digits', '--n-train', '100'], 'come with scikit-learn'), (['digits', '--network', 'vgg'], "network='vgg'"), (['cifar10', '--data', 'nowhere'], 'nowhere')])
+def test_twice_is_once(tmp_path):
+    assert len(run_experiment('digits', 20, ['diffusion', 'diffusion'], [3, 3], SMALL, out=tmp_path)) == 1 == len(read_lines(tmp_path/'digits.jsonl'))
+
+
+@pytest.mark.parametrize('args, message', [pytest.param(['digits', '--device', 'cuda'], 'no CUDA GPU', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is one')), (['cifar'], "unknown dataset 'cifar'"), (['digits', '--methods', 'lp,svm'], 'unknown method(s) svm'), (['digits', '--labels', '25'], 'multiple of 10'),
+                                           (['digits', '--n-train', '100'], 'come with scikit-learn'), (['digits', '--network', 'vgg'], "network='vgg'"), (['digits', '--network', 'convnet13'], "use 'small'"), (['digits', '--epochs', '5,0'], 'one or two numbers'), (['digits', '--labels', '0'], 'multiple of 10'),
+                                           (['digits', '--split', '9-3'], 'expected numbers'), (['digits', '--seeds', '0'], 'at least one'), (['mini_imagenet'], 'pass data'), (['cifar10', '--data', 'nowhere'], 'nowhere')])
 def test_wrong_calls(args, message, tmp_path):
     res = subprocess.run([Path(sys.executable).with_name('lp_train'), *args], capture_output=True, text=True, cwd=tmp_path)
     assert res.returncode != 0 and message in res.stderr and 'Traceback' not in res.stderr

@@ -1,6 +1,7 @@
 "LPInterpretation: what it says is what the record holds, for any Learner, from a file, from a run; advice where something looks wrong."
 import json
 import warnings
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -165,6 +166,10 @@ def test_from_results_of_a_run(tmp_path):
         assert interp.pseudo.accuracy(interp.truth) == run['history'][-1]['accuracy'] and [r['accuracy'] for r in interp.history] == [r['accuracy'] for r in run['history']]
         first = LPInterpretation.from_results(file, run['method'], epoch=0)
         assert first.pseudo.accuracy(first.truth) == run['history'][0]['accuracy'] and len(first.history) == 1
+    both = tmp_path/'both.jsonl'
+    both.write_text(file.read_text() + ''.join(json.dumps(r | dict(name='digits-40-seed0', labels=40)) + '\n' for r in runs))
+    with pytest.raises(ValueError, match='several runs .* digits-40-seed0'): LPInterpretation.from_results(both, 'lp', 0)
+    assert LPInterpretation.from_results(both, 'lp', 0, labels=20).pseudo.accuracy(interp.truth) == interp.pseudo.accuracy(interp.truth)
     for args, said in ((('lp', 7), "no run of 'lp' with seed 7"), (('diffusion', 0), "'diffusion' .* has no pseudo-labels"), (('lp', 0, 9), 'kept the pseudo-labels of epochs .0, 1, 2., not those of 9')):
         with pytest.raises(ValueError, match=said): LPInterpretation.from_results(file, *args)
 

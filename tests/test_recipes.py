@@ -1,8 +1,10 @@
 "The paper's experiments: every method, stopped and resumed, and from the command line."
 import io
 import json
+import re
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,17 +141,21 @@ def cifar_like(tmp_path_factory):
     return file
 
 
+def names(folder): return [re.sub('-[0-9a-f]{6}-', '-', json.loads(line)['name']) for line in (folder/'cifar10.jsonl').read_text().splitlines()]
+
+
 def test_command_line(cifar_like, tmp_path):
     lp_train = str(Path(sys.executable).with_name('lp_train'))
     def call(*args): return subprocess.run([lp_train, 'cifar10', '--labels', '20', '--data', str(cifar_like), '--epochs', '1', '--out', str(tmp_path), '--device', 'cpu', *args], capture_output=True, text=True)
     split = '--split', '1', '--splits', str(cifar_like.with_name('splits.npz'))
-    assert call('--methods', 'diffusion', '--split', '0-1', '--out', str(tmp_path/'b')).returncode == 0  # the file beside the images is another
-    assert [json.loads(line)['name'] for line in (tmp_path/'b'/'cifar10.jsonl').read_text().splitlines()] == ['cifar10-20-seed0', 'cifar10-20-seed1']
+    drawn = call('--methods', 'diffusion', '--split', '0-1', '--out', str(tmp_path/'b'))
+    assert drawn.returncode == 0  # the file beside the images is another
+    assert names(tmp_path/'b') == ['cifar10-20-seed0', 'cifar10-20-seed1'] and 'with seeds 0-1' in drawn.stdout
     res = call('--methods', 'supervised,lp', *split)
     assert res.returncode == 0 and 'cifar10, 20 labels, 1 splits of' in res.stdout and '\n| lp         |' in res.stdout, res.stderr
     assert call('--methods', 'lp', '--no-omega', *split).returncode == 0
     runs = [json.loads(line) for line in (tmp_path/'cifar10.jsonl').read_text().splitlines()]
-    assert [(r['name'], r['method'], r['recipe']['omega']) for r in runs] == [('cifar10-20-split1', 'supervised', True), ('cifar10-20-split1', 'lp', True), ('cifar10-20-split1', 'lp', False)]
+    assert names(tmp_path) == ['cifar10-20-split1']*3 and [(r['method'], r['recipe']['omega']) for r in runs] == [('supervised', True), ('lp', True), ('lp', False)]
     assert runs[1]['environment']['fastai_lp'] and runs[1]['labels'] == 20 and runs[1]['items'] == 80 and len(runs[1]['history']) == 1
     assert call('--methods', 'lp', *split).returncode == 0
     assert len((tmp_path/'cifar10.jsonl').read_text().splitlines()) == 3  # the same run has one line
@@ -163,4 +169,43 @@ def test_splits_beside_the_images(cifar_like, tmp_path):
     for o in ('cifar.npz', 'splits.npz'): (tmp_path/('cifar10_'*(o == 'splits.npz') + o)).symlink_to(cifar_like.with_name(o))
     res = subprocess.run([Path(sys.executable).with_name('lp_train'), 'cifar10', '--labels', '20', '--data', tmp_path/'cifar.npz', '--methods', 'diffusion', '--split', '2', '--out', tmp_path], capture_output=True, text=True)
     assert res.returncode == 0, res.stderr
-    assert json.loads((tmp_path/'cifar10.jsonl').read_text())['name'] == 'cifar10-20-split2' and 'cifar10_splits.npz' in res.stdout
+    assert names(tmp_path) == ['cifar10-20-split2'] and 'cifar10_splits.npz' in res.stdout
+
+
+def test_label_lists(cifar_like, tmp_path):
+    "As the paper's authors publish their splits: a file for each, `NAME LABEL` per line"
+    for split, first in ((10, 0), (11, 10)): (tmp_path/f'{split}.txt').write_text(''.join(f'{i} class{i % 10}\n' for i in range(first, first+20)))
+    def call(splits, split): return subprocess.run([Path(sys.executable).with_name('lp_train'), 'cifar10', '--labels', '20', '--data', cifar_like, '--methods', 'diffusion',
+                                                    '--splits', splits, '--split', split, '--out', tmp_path], capture_output=True, text=True)
+    res = call(f'{tmp_path}/{{split}}.txt', '10-11')
+    assert res.returncode == 0 and names(tmp_path) == ['cifar10-20-split10', 'cifar10-20-split11'], res.stderr
+    (tmp_path/'12.txt').write_text('0 class0\n')
+    for splits, split, said in ((f'{tmp_path}/10.txt', '10', 'with {split} where'), (f'{tmp_path}/{{split}}.txt', '12', 'class1'), (f'{tmp_path}/{{split}}.txt', '13', 'no label list')):
+        res = call(splits, split)
+        assert res.returncode and said in res.stderr and 'Traceback' not in res.stderr
+
+
+def test_finished_files_are_of_their_data_only(data, tmp_path):
+    "Other labels, another test set, other images under the same name: refused, where their figures would be the old ones'"
+    run_method(data, 'supervised', replace(FEW, network='small'), tmp_path, device='cpu', bar=False)
+    images = data.images.clone()
+    images[0] += 1
+    for other in (show_labels(data, 9, seed=1), replace(data, test=data.test[:9]), replace(data, images=images)):
+        with pytest.raises(ValueError, match='of another fit .images .* there'): run_method(other, 'supervised', replace(FEW, network='small'), tmp_path, device='cpu', bar=False)
+
+
+def test_fresh_teacher_is_not_the_first_student(data, tmp_path, monkeypatch):
+    made = []
+    network = fastai_lp.recipes._network
+    monkeypatch.setattr(fastai_lp.recipes, '_network', lambda *args: made.append(deepcopy(net := network(*args))) or net)
+    run_method(data, 'mt+lp', replace(FEW, network='small', stage1=1, stage2=1, fresh_teacher=True), tmp_path, device='cpu', bar=False)
+    student, teacher = made
+    assert not any(torch.equal(p, q) for p, q in zip(student.parameters(), teacher.parameters()) if p.ndim > 1)
+
+
+@pytest.mark.parametrize('event', ['after_pred', 'after_backward', 'before_validate'])
+def test_autocast_ends_with_the_fit(data, event, tmp_path, monkeypatch):
+    def stop(self): raise KeyboardInterrupt
+    monkeypatch.setattr(fastai_lp.recipes._Watch, event, stop, raising=False)
+    with pytest.raises(KeyboardInterrupt): run_method(data, 'supervised', replace(FEW, network='small', bf16=True), tmp_path, device='cpu', bar=False)
+    assert not torch.is_autocast_enabled('cpu') and (torch.ones(2, 2)@torch.ones(2, 2)).dtype == torch.float32

@@ -16,9 +16,9 @@ from fastai_lp.datasets import digits
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.pseudo import PseudoLabels
 from fastai_lp.recipes import RECIPES
-from fastai_lp.experiments import COLORS
+from fastai_lp.experiments import COLORS, row_name
 from fastai_lp.figures import Lacking, figure1, figure2, figure3, figure4, figure5, figure6, figure7, lp_figures
-from fastai_lp.report import PAPER, as_paper, lp_tables, read_runs, row_of, settings, tables
+from fastai_lp.report import PAPER, as_paper, lp_tables, read_runs, settings, tables
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def fake(method='lp', seed=10, error=.3, labels=500, dataset='cifar10', items=50
     "A line of `lp_train`, its numbers made up"
     teacher = {} if teacher is None else dict(teacher_error_rate=teacher, teacher_top5_error=teacher/10)
     return dict(dataset=dataset, name=f"{dataset}{'' if items == 50000 or dataset == 'digits' else f'_{items}'}-{labels}-{kind}{seed}", method=method, seed=seed, labels=labels, items=items, data=data,
-                n_train=None if items == 50000 or dataset == 'digits' else items, n_test=n_test, recipe=asdict(replace(RECIPES[dataset].of(method), **changes)), environment={},
-                error_rate=error, top5_error=error/2, stages=[], history=list(history), kept=list(kept), seconds={}, **teacher)
+                n_train=None if items == 50000 or dataset == 'digits' else items, n_test=n_test, recipe=asdict(replace(RECIPES[dataset], **changes).of(method)), environment={},
+                splits='splits.npz' if kind == 'split' else None, error_rate=error, top5_error=error/2, stages=[], history=list(history), kept=list(kept), seconds={}, **teacher)
 
 
 def write(folder, *runs):
@@ -117,9 +117,15 @@ def test_different_settings_are_not_averaged(tmp_path):
     assert [settings(r) for r in trials] == [{}, {'lr': .1}]
 
 
+def test_own_draws_of_labels_are_not_averaged_with_the_authors(tmp_path):
+    runs = write(tmp_path, fake(error=.3), fake(seed=11, error=.3), fake(kind='seed', error=.4))
+    rows, notes = table(tables(runs), 'Table 2')
+    assert rows[2][1] == '30.00 ± 0.00 (2) [1] / 40.00 (1) [2]' and notes[1].endswith("cifar10-500-seed10; draws of the labels other than the authors'")
+
+
 def test_a_later_line_of_the_same_run_counts(tmp_path):
     runs = write(tmp_path, fake(error=.3), fake(error=.4), fake('supervised', error=.6), fake('supervised', error=.5, omega=False, k=20))
-    assert [(row_of(r), r['error_rate']) for r in runs] == [('lp', .4), ('supervised', .5)]
+    assert [(row_name(r), r['error_rate']) for r in runs] == [('lp', .4), ('supervised', .5)]
 
 
 @pytest.mark.parametrize('line', ['{"dataset": "cifar10", ', '[]', '{"dataset": "cifar10"}', json.dumps(fake() | dict(method='vat')), json.dumps(fake() | dict(dataset='svhn'))])

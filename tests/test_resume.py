@@ -120,8 +120,8 @@ def test_another_fit_is_refused(change, match, tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    run('lp', tmp_path, [ResumeCallback(tmp_path/'run.pth', settings='lr 1e-2')])
-    with pytest.raises(ValueError, match='settings lr 1e-2 there, lr 1e-3 here'): run('lp', tmp_path, [ResumeCallback(tmp_path/'run.pth', settings='lr 1e-3')])
+    run('lp', tmp_path, [ResumeCallback(tmp_path/'run.pth', settings=dict(lr=1e-2, wd=.1))])
+    with pytest.raises(ValueError, match='of another fit .lr 0.01 there, 0.001 here.:'): run('lp', tmp_path, [ResumeCallback(tmp_path/'run.pth', settings=dict(lr=1e-3, wd=.1))])
 
 
 def test_inference_and_lr_find_neither_read_nor_write(tmp_path):
