@@ -65,8 +65,8 @@ def to_markdown(
     lines = ['| ' + ' | '.join(o.ljust(w) for o, w in zip(r, wide)) + ' |' for r in rows]
     return '\n'.join([lines[0], '|' + '|'.join('-'*(w+2) for w in wide) + '|', *lines[1:]])
 
-# %% ../nbs/24_experiments.ipynb #7ead54f0
-COLORS = dict(supervised='#E69F00', network='#D55E00', gtg='#CC79A7', lp='#0072B2', mt='#56B4E9', **{'mt+lp': '#000000'}, diffusion='#009E73')  # Okabe and Ito's, safe for colour-blind readers
+# %% ../nbs/24_experiments.ipynb #f86dc754
+COLORS = dict(supervised='#E69F00', network='#D55E00', gtg='#CC79A7', lp='#0072B2', mt='#56B4E9', **{'mt+lp': '#7F7F7F'}, diffusion='#009E73')  # Okabe and Ito's and a gray, safe for colour-blind readers
 
 
 def plot_runs(

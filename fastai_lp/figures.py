@@ -186,8 +186,10 @@ def figure6(
     "Test error against the number of labels, with one standard deviation over splits, of one experiment; the paper's dashed where it is the same"
     some = [r for r in runs if dataset in (None, r['dataset']) and ',' not in row_name(r)]
     if not some: raise Lacking(f"no run{f' on {dataset}' if dataset else ''}; lp_train {dataset or 'cifar10'} --methods supervised,lp makes some")
+    several = [o for o in grouped(some, experiment) if len({r['labels'] for r in o}) > 1]
+    if not several: raise Lacking(f"no experiment{f' on {dataset}' if dataset else ''} with several numbers of labels, against which it is drawn; lp_train {some[0]['dataset']} --labels {2*some[0]['labels']} makes one")
     fig, ax = plt.subplots(figsize=(6, 4), layout='constrained')
-    some, shown, ticks, dashed = grouped(some, experiment)[0], [], set(), ''
+    some, shown, ticks, dashed = several[0], [], set(), ''
     for method in [m for m in COLORS if any(r['method'] == m for r in some)]:
         mine = grouped([r for r in some if r['method'] == method], settings)[0]
         errors = {n: [100*test_error(r) for r in mine if r['labels'] == n] for n in sorted({r['labels'] for r in mine})}

@@ -6,8 +6,7 @@
 __all__ = ['PAPER', 'NAMES', 'LONG', 'read_runs', 'experiment', 'settings', 'as_paper', 'own_draws', 'grouped', 'names_of',
            'title_of', 'tables', 'lp_tables']
 
-# %% ../nbs/25_report.ipynb #14ab90de
-import json
+# %% ../nbs/25_report.ipynb #dec8231b
 import re
 from dataclasses import asdict
 from itertools import groupby

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
 from PIL import Image
 
 import fastai_lp.recipes
 from fastai_lp.callback import LPCallback
 from fastai_lp.datasets import ImageArrays, digits, show_labels
 from fastai_lp.interpret import LPInterpretation
-from fastai_lp.recipes import METHODS, RECIPES, Recipe, cosine, run_method
+from fastai_lp.recipes import METHODS, RECIPES, Recipe, run_method
 
 
 def stripes(n, size, seed=0, classes=3):

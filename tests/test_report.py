@@ -222,6 +222,9 @@ def test_all_figures_of_digits(tmp_path, capsys):
     truth = digits(20, 0).train_truth
     names = [keep(tmp_path, f'digits-20-seed0-lp-{e}.npz', truth, range(5+e, 30)) for e in (0, 7, 14)]
     write(tmp_path, fake(seed=0, labels=20, dataset='digits', items=1347, kind='seed', kept=reversed(names), history=updates([.5, .6], .4)))
+    lp_figures(str(tmp_path), out=str(tmp_path/'few'))
+    assert re.findall('figure. skipped: no experiment with several', capsys.readouterr().out) == ['figure6 skipped: no experiment with several'] and len(list((tmp_path/'few').iterdir())) == 6
+    with open(tmp_path/'digits.jsonl', 'a') as f: f.write(json.dumps(fake(seed=0, labels=40, dataset='digits', items=1347, kind='seed')) + '\n')
     lp_figures(str(tmp_path), out=str(tmp_path/'new'))
     assert 'skipped' not in capsys.readouterr().out
     for i in range(1, 8): assert png(tmp_path/'new'/f'figure{i}.png') > .005
@@ -246,7 +249,7 @@ def test_images_come_from_where_the_run_read_them_or_from_data(tmp_path, capsys)
     lp_figures(str(tmp_path))
     out = capsys.readouterr().out
     assert re.search(r'^figure7 skipped: .*gone.*pass --data', out, re.M) and re.search(r'^figure4 skipped: no run of lp knows', out, re.M)
-    assert not (tmp_path/'figure7.png').exists() and (tmp_path/'figure6.png').exists()
+    assert not (tmp_path/'figure7.png').exists() and (tmp_path/'figure3.png').exists()
     assert [ax.get_xlabel() for ax in figure7(run(tmp_path/'gone'), data=tmp_path/'images').axes[:2]] == ['dog (0.90)', 'cat (0.80)']
     assert len(figure7(run(tmp_path/'images')).axes[0].images) == 1
     keep(tmp_path, kept[0], torch.arange(8) // 4, [4])
