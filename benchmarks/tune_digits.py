@@ -3,7 +3,8 @@
     python benchmarks/tune_digits.py [--seeds 8] [--methods mt mt+lp] [--rates 1e-3 1e-2] [--jobs 2] [--out benchmarks/results/tune_digits.json]
 
 Every method gets the same grid, Mean Teacher also 1e-1, since 3e-2 was best and at the grid's end, and the recipe the best rate of
-each. Rates that the file has already are kept, unless asked for again. The test items are the same for all seeds, so the rates have seen them; all methods alike."""
+each. Rates that the file has already are kept, unless asked for again. The test items are the same for all seeds, so the rates
+have seen them; all methods alike."""
 import argparse
 import json
 import os
