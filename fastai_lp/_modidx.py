@@ -295,6 +295,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastai_lp.graph._faiss_index': ('graph.html#_faiss_index', 'fastai_lp/graph.py'),
                                  'fastai_lp.graph._knn_faiss': ('graph.html#_knn_faiss', 'fastai_lp/graph.py'),
                                  'fastai_lp.graph._knn_torch': ('graph.html#_knn_torch', 'fastai_lp/graph.py'),
+                                 'fastai_lp.graph._plus_transpose': ('graph.html#_plus_transpose', 'fastai_lp/graph.py'),
+                                 'fastai_lp.graph._plus_transpose_by_keys': ('graph.html#_plus_transpose_by_keys', 'fastai_lp/graph.py'),
                                  'fastai_lp.graph._rows': ('graph.html#_rows', 'fastai_lp/graph.py'),
                                  'fastai_lp.graph.affinity': ('graph.html#affinity', 'fastai_lp/graph.py'),
                                  'fastai_lp.graph.as_rows': ('graph.html#as_rows', 'fastai_lp/graph.py'),

@@ -53,7 +53,7 @@ def suggest(
     if not 0 < m <= min(pool, len(free)): raise ValueError(f"{m} items to suggest from {len(free)} unlabeled ones, of which pool={pool} are candidates: expected 1 to {min(pool, len(free))}")
     items = free[torch.from_numpy(np.random.default_rng(seed).permutation(len(free))[:pool]).sort().values.to(free.device)]
     S, _ = normalize(W)
-    taken_out = labeled[_rows(S)] | labeled[S.col_indices()]
+    taken_out = labeled[_rows(S.crow_indices(), len(S.values()))] | labeled[S.col_indices()]
     G = _columns(csr(S.crow_indices(), S.col_indices(), torch.where(taken_out, 0, S.values()), len(S)), items, alpha, max_iter, tol)
     weight = torch.where(labeled, 0, 1-certainty).to(G)
     chosen, gain = [], []

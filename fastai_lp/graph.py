@@ -11,6 +11,8 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy import sparse
 import faiss  # after torch: its CUDA 12 libraries must not be loaded before torch's own
 
 # %% ../nbs/00_graph.ipynb #d774cfac
@@ -120,10 +122,28 @@ def csr(
         return torch.sparse_csr_tensor(crow, col, values, size=(n, n))
 
 
-def _rows(W):
-    "The row of each stored value of a CSR tensor"
-    crow = W.crow_indices()
-    return torch.repeat_interleave(torch.arange(len(crow)-1, device=crow.device), crow.diff(), output_size=len(W.values()))
+def _rows(crow, nnz):
+    "The row of each stored value of a CSR tensor, of which `crow` says where its rows start"
+    return torch.repeat_interleave(torch.arange(len(crow)-1, device=crow.device), crow.diff(), output_size=nnz)
+
+
+def _plus_transpose(crow, col, values, n):
+    "A + Aᵀ as CSR, the columns of each row in order, from A's, in any order; by SciPy, on a CPU"
+    def transpose(M): return sparse.csc_array((M.data, M.indices, M.indptr), shape=(n, n)).tocsr()  # a counting sort: rows come out in order
+    small = np.int32 if 2*len(col) < 2**31 else np.int64
+    At = transpose(sparse.csr_array((values.numpy(), col.numpy().astype(small), crow.numpy().astype(small)), shape=(n, n)))
+    W = transpose(At) + At
+    W.sort_indices()  # they are, but where a neighbour was named twice
+    return csr(*(torch.from_numpy(o.astype(np.int64)) for o in (W.indptr, W.indices)), torch.from_numpy(W.data), n)
+
+
+def _plus_transpose_by_keys(crow, col, values, n):
+    "The same on any device, by sorting all pairs of row and column"
+    rows = _rows(crow, len(col))
+    key, where = torch.cat([rows*n + col, col*n + rows]).sort()
+    key, inverse = torch.unique_consecutive(key, return_inverse=True)
+    values = values.new_zeros(len(key)).index_add_(0, inverse, torch.cat([values, values])[where])
+    return csr(torch.searchsorted(key, torch.arange(n+1, device=key.device)*n), key % n, values, n)
 
 # %% ../nbs/00_graph.ipynb #6587453b
 def affinity(
@@ -135,23 +155,19 @@ def affinity(
 
     W has a zero diagonal and stores positive values only. Raises `ValueError` where γ is not positive."""
     if not gamma > 0: raise ValueError(f"gamma={gamma}: expected an exponent above 0 (the paper uses 3)")
-    n, k = idxs.shape
-    i = torch.arange(n, device=idxs.device)[:, None].expand(n, k)
-    a = sims.clamp(min=0)**gamma
-    edge = (a > 0) & (idxs >= 0) & (idxs != i)
-    i, j, a = i[edge], idxs[edge], a[edge]
-    key, where = torch.cat([i*n + j, j*n + i]).sort()
-    key, inverse = torch.unique_consecutive(key, return_inverse=True)
-    values = a.new_zeros(len(key)).index_add_(0, inverse, torch.cat([a, a])[where])
-    crow = torch.searchsorted(key, torch.arange(n+1, device=key.device)*n)
-    return csr(crow, key % n, values, n)
+    n, a = len(idxs), sims.clamp(min=0)**gamma
+    edge = (a > 0) & (idxs >= 0) & (idxs != torch.arange(n, device=idxs.device)[:, None])
+    crow = F.pad(edge.sum(1).cumsum(0), (1, 0))
+    merge = _plus_transpose if a.device.type == 'cpu' else _plus_transpose_by_keys
+    return merge(crow, idxs[edge], a[edge], n)
 
 # %% ../nbs/00_graph.ipynb #c4c8b299
 def normalize(
     W:torch.Tensor, # [n, n] symmetric sparse CSR, >= 0
 )->tuple[torch.Tensor, torch.Tensor]: # (S [n, n] sparse CSR, degree [n])
     "S = D^-½ W D^-½ and the degrees d = W·1; the row and column of an item without neighbours stay zero"
-    rows, vals = _rows(W), W.values()
-    degree = torch.zeros(W.shape[0], dtype=vals.dtype, device=vals.device).index_add_(0, rows, vals)
+    crow, col, values = W.crow_indices(), W.col_indices(), W.values()
+    degree = torch.segment_reduce(values, 'sum', lengths=crow.diff(), unsafe=True)  # safe lengths are not asked of a GPU
     scale = torch.where(degree > 0, degree.rsqrt(), 0)
-    return csr(W.crow_indices(), W.col_indices(), vals*scale[rows]*scale[W.col_indices()], W.shape[0]), degree
+    of_rows = torch.repeat_interleave(scale, crow.diff(), output_size=len(values))
+    return csr(crow, col, of_rows.mul_(scale[col]).mul_(values), len(degree)), degree

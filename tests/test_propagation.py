@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn.semi_supervised import LabelSpreading
 
 from fastai_lp.diffusion import diffuse
-from fastai_lp.graph import _drop_self, affinity, knn, normalize
+from fastai_lp.graph import _drop_self, _plus_transpose, _plus_transpose_by_keys, affinity, knn, normalize
 from fastai_lp.pseudo import PseudoLabels, certainty, class_weights, from_scores, propagate, seed_matrix
 
 
@@ -212,3 +212,22 @@ def test_bottom_modules_do_not_import_fastai():
     import subprocess, sys
     code = "import fastai_lp.labelers, sys; sys.exit('fastai' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+@pytest.mark.parametrize('n, k, missing', [(2, 1, 0), (7, 3, 0), (300, 12, .3), (300, 12, 1.), (40, 60, .5)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_both_assemblies_are_the_definition(n, k, missing, dtype):
+    "Rows in any order, neighbours named twice, rows without neighbours"
+    g = torch.Generator().manual_seed(n+k)
+    keep, col, a = torch.rand(n, k, generator=g) >= missing, torch.randint(n, (n, k), generator=g), torch.rand(n, k, generator=g).to(dtype)
+    keep[n//2] = False
+    dense = torch.zeros(n, n, dtype=dtype).index_put((torch.arange(n)[:, None].expand(n, k)[keep], col[keep]), a[keep], accumulate=True)
+    crow = F.pad(keep.sum(1).cumsum(0), (1, 0))
+    both = [merge(crow, col[keep], a[keep], n) for merge in (_plus_transpose, _plus_transpose_by_keys)]
+    for W in both:
+        torch.testing.assert_close(W.to_dense(), dense + dense.T, rtol=1e-6, atol=1e-7)
+        assert W.crow_indices().dtype == W.col_indices().dtype == torch.int64 and W.values().dtype == dtype
+    assert torch.equal(both[0].crow_indices(), both[1].crow_indices()) and torch.equal(both[0].col_indices(), both[1].col_indices())
+    S, degree = normalize(both[0])
+    torch.testing.assert_close(degree, (dense + dense.T).sum(1), rtol=1e-5, atol=1e-6)
+    assert not S.to_dense().isnan().any() and (degree[n//2] > 0 or not S.to_dense()[n//2].any())
