@@ -170,4 +170,4 @@ def normalize(
     degree = torch.segment_reduce(values, 'sum', lengths=crow.diff(), unsafe=True)  # safe lengths are not asked of a GPU
     scale = torch.where(degree > 0, degree.rsqrt(), 0)
     of_rows = torch.repeat_interleave(scale, crow.diff(), output_size=len(values))
-    return csr(crow, col, of_rows.mul_(scale[col]).mul_(values), len(degree)), degree
+    return csr(crow, col, of_rows.mul_(values).mul_(scale[col]), len(degree)), degree

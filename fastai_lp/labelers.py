@@ -45,6 +45,7 @@ class Diffusion(_Labeler):
     index:str='auto' # see `graph.knn`
     omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
+    keep_Z:bool=True # keep all scores; False: see `pseudo.spread`. The warning of collapsed certainty needs them
 
     def __call__(self,
         feats:torch.Tensor, # [n, d] descriptors

@@ -126,15 +126,44 @@ def from_scores(
 )->PseudoLabels:
     "Eq. 7, ω and ζ on any scores: labeled items keep their label and get ω = 1, unreached ones get label −1 and ω = 0"
     check_settings(omega_norm=omega_norm, zeta_norm=zeta_norm)
+    return _pseudo_labels(Z.argmax(1), (Z > 0).any(1), certainty(Z), Z.shape[1], y, omega_norm, zeta_norm, Z=Z, **info)
+
+
+def _pseudo_labels(top, reached, omega, n_classes, y, omega_norm, zeta_norm, **info):
+    "From the class of the largest score of each item, whether it has any, and its certainty"
     labeled = y >= 0
-    reached = labeled | (Z > 0).any(1)
-    labels = torch.where(labeled, y, torch.where(reached, Z.argmax(1), -1))
-    omega = certainty(Z)
+    reached = labeled | reached
+    labels = torch.where(labeled, y, torch.where(reached, top, -1))
     if omega_norm is not None:
         over = omega if omega_norm == 'all' else omega[~labeled]
         if len(over) and over.max() > 0: omega = (omega/over.max()).clamp(max=1)
     omega = torch.where(labeled, 1., omega)
-    return PseudoLabels(labels, omega, class_weights(labels, Z.shape[1], zeta_norm), labeled, reached, Z=Z, **info)
+    return PseudoLabels(labels, omega, class_weights(labels, n_classes, zeta_norm), labeled, reached, **info)
+
+
+class _Rows:
+    "What the scores say of each item, gathered over blocks of classes, so that they need not exist all at once"
+    def __init__(self, n, device):
+        self.peak, self.mass, self.xlogx = torch.zeros(3, n, device=device)  # the largest score; sums of x and of x·log x, where x is a score as a share of the largest
+        self.top = torch.zeros(n, dtype=torch.int64, device=device)
+
+    def add(self, Z, first):
+        "Scores of the classes from `first` on"
+        Z = Z.clamp(min=0)
+        peak, top = Z.max(1)
+        self.top = torch.where(peak > self.peak, top+first, self.top)
+        peak = torch.maximum(peak, self.peak)
+        old, x = torch.where(peak > 0, self.peak/peak, 0), torch.where(peak[:, None] > 0, Z/peak[:, None], 0)  # rows far from any label are tiny
+        self.xlogx = old*self.xlogx + torch.special.xlogy(old, old)*self.mass + torch.special.xlogy(x, x).sum(1)
+        self.mass = old*self.mass + x.sum(1)
+        self.peak = peak
+
+    def certainty(self, n_classes):
+        "ω before any normalisation, as `certainty` of the whole matrix: the entropy is log Σx − Σx·log x / Σx"
+        mass = self.mass.clamp(min=1)
+        entropy = mass.log() - self.xlogx/mass
+        omega = 1 - entropy/math.log(n_classes) if n_classes > 1 else torch.ones_like(entropy)
+        return torch.where(self.mass > 0, omega.clamp(0, 1), 0)
 
 # %% ../nbs/02_pseudo.ipynb #70ff345c
 def check_labels(
@@ -156,8 +185,8 @@ def check_labels(
         raise ValueError(f"class {what} has no labeled item: label at least one, or drop it from the classes")
     return y, n_classes
 
-# %% ../nbs/02_pseudo.ipynb #ec93f7aa
-def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto'):
+# %% ../nbs/02_pseudo.ipynb #dc63c5cc
+def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True):
     "Raise a `ValueError` that names the first setting of `propagate` that cannot be, so that no time is spent before"
     for name, value, ok, expected in (
             ('k', k, k is None or k >= 1, 'None or at least 1 neighbour'),
@@ -178,8 +207,15 @@ def seed_matrix(
     seeds:str='class_size', # a class's entries sum to 1 ('class_size', as the authors' program) or each is 1 ('raw', Eq. 5)
 )->torch.Tensor: # float32 [n, c]
     "Y of Eq. 5: one row per item, zero for unlabeled ones"
-    Y = F.one_hot(y.clamp(min=0), n_classes).float()*(y >= 0)[:, None]
-    return Y if seeds == 'raw' else Y/Y.sum(0).clamp(min=1)
+    return _seed_columns(y, 0, n_classes, seeds)
+
+
+def _seed_columns(y, first, stop, seeds):
+    rows = ((y >= first) & (y < stop)).nonzero().flatten()
+    cols = y[rows]-first
+    Y = torch.zeros(len(y), stop-first, device=y.device)
+    Y[rows, cols] = 1. if seeds == 'raw' else 1/torch.bincount(cols, minlength=stop-first)[cols]
+    return Y
 
 # %% ../nbs/02_pseudo.ipynb #179d52ff
 def spread(
@@ -192,6 +228,7 @@ def spread(
     seeds:str='class_size', # see `seed_matrix`; by class size, a class with more labels does not swallow the others
     omega_norm:str='all', # see `from_scores`
     zeta_norm:str='items', # see `class_weights`
+    keep_Z:bool=True, # False: the scores are made and used up block by block of classes, and `Z` of the result is None; for large n × c
 )->PseudoLabels: # its tensors are on the device of `W`
     """Diffusion (Eq. 10), pseudo-labels (Eq. 7), ω (Eq. 11) and ζ on a graph that exists already.
 
@@ -201,8 +238,17 @@ def spread(
     if len(y) != len(W): raise ValueError(f"{len(y)} labels for a graph of {len(W)} items: expected one each, below 0 where unlabeled")
     y, start = y.to(W.device), time.perf_counter()
     S, _ = normalize(W)
-    Z, n_iter, residual = diffuse(S, seed_matrix(y, n_classes, seeds), alpha, max_iter, tol)
-    res = from_scores(Z, y, omega_norm, zeta_norm, W=W, n_iter=n_iter, residual=residual.max().item())
+    if keep_Z:
+        Z, n_iter, residual = diffuse(S, seed_matrix(y, n_classes, seeds), alpha, max_iter, tol)
+        res = from_scores(Z, y, omega_norm, zeta_norm, W=W, n_iter=n_iter, residual=residual.max().item())
+    else:
+        rows, runs = _Rows(len(y), W.device), []
+        for first in range(0, n_classes, 64):  # columns do not know of each other: the same Z, 64 at a time
+            Z, *run = diffuse(S, _seed_columns(y, first, min(first+64, n_classes), seeds), alpha, max_iter, tol)
+            rows.add(Z, first)
+            runs.append(run)
+        res = _pseudo_labels(rows.top, rows.peak > 0, rows.certainty(n_classes), n_classes, y, omega_norm, zeta_norm, W=W,
+                             n_iter=max(n for n, _ in runs), residual=max(o.max().item() for _, o in runs))
     res.seconds = dict(diffusion=time.perf_counter()-start)
     return res
 

@@ -9,7 +9,8 @@ from sklearn.semi_supervised import LabelSpreading
 
 from fastai_lp.diffusion import diffuse
 from fastai_lp.graph import _drop_self, _plus_transpose, _plus_transpose_by_keys, affinity, knn, normalize
-from fastai_lp.pseudo import PseudoLabels, certainty, class_weights, from_scores, propagate, seed_matrix
+from fastai_lp.labelers import Diffusion
+from fastai_lp.pseudo import PseudoLabels, _Rows, certainty, class_weights, from_scores, propagate, seed_matrix, spread
 
 
 def problem(seed, n=200, d=6, c=4, labeled=12):
@@ -231,3 +232,38 @@ def test_both_assemblies_are_the_definition(n, k, missing, dtype):
     S, degree = normalize(both[0])
     torch.testing.assert_close(degree, (dense + dense.T).sum(1), rtol=1e-5, atol=1e-6)
     assert not S.to_dense().isnan().any() and (degree[n//2] > 0 or not S.to_dense()[n//2].any())
+
+
+@pytest.mark.parametrize('c, omega_norm, zeta_norm, seeds', [(1, 'all', 'items', 'raw'), (3, None, 'classes', 'class_size'), (64, 'unlabeled', 'items', 'raw'), (65, 'all', 'items', 'class_size'), (150, 'all', 'classes', 'class_size')])
+def test_scores_block_by_block(c, omega_norm, zeta_norm, seeds):
+    "keep_Z=False is the same, item by item; two items that nothing reaches among them"
+    x, y = problem(0, n=4*c+60, d=20, c=c, labeled=2*c)
+    y = torch.cat([y, torch.tensor([-1, -1])])
+    x = torch.cat([x, torch.zeros(2, 20)])
+    x[-2:, 0] = torch.tensor([1e3, 1e3])
+    W = affinity(*knn(F.normalize(x[:-2]), 6))
+    W = torch.block_diag(W.to_dense(), torch.tensor([[0., 1], [1, 0]])).to_sparse_csr()
+    a, b = (spread(W, y, c, seeds=seeds, omega_norm=omega_norm, zeta_norm=zeta_norm, keep_Z=o) for o in (True, False))
+    assert b.Z is None and a.Z.shape == (len(y), c) and (a.n_iter, a.residual) == (b.n_iter, pytest.approx(a.residual, rel=1e-4))
+    assert torch.equal(a.labels, b.labels) and torch.equal(a.reached, b.reached) and torch.equal(a.class_weights, b.class_weights) and not a.reached[-2:].any()
+    torch.testing.assert_close(a.certainty, b.certainty, rtol=0, atol=1e-5)
+
+
+def test_scores_of_any_size_block_by_block():
+    "Rows of 1e-37 beside rows of 1; the largest in any block; ties go to the first; negative ones count as 0"
+    g = torch.Generator().manual_seed(0)
+    Z = torch.rand(500, 20, generator=g)**4 * 10**(-37*torch.rand(500, 1, generator=g)) - 1e-3*(torch.rand(500, 20, generator=g) < .1)
+    Z[0], Z[1, 3:] = 0, 0
+    Z[2, [4, 11]] = 5
+    rows = _Rows(500, 'cpu')
+    for first in range(0, 20, 7): rows.add(Z[:, first:first+7], first)
+    torch.testing.assert_close(rows.certainty(20), certainty(Z), rtol=0, atol=1e-5)
+    some = Z.clamp(min=0).amax(1) > 0
+    assert torch.equal(rows.peak > 0, some) and torch.equal(Z.clamp(min=0).gather(1, rows.top[:, None])[:, 0], Z.clamp(min=0).amax(1)) and rows.top[2] == 4
+
+
+def test_labeler_without_scores():
+    x, y = problem(2)
+    with_Z, without = (Diffusion(k=8, keep_Z=o)(x, torch.zeros(len(x), 4), y) for o in (True, False))
+    assert without.Z is None and torch.equal(with_Z.labels, without.labels)
+    torch.testing.assert_close(with_Z.weights, without.weights, rtol=0, atol=1e-5)
