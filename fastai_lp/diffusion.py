@@ -51,15 +51,23 @@ def diffuse(
     r = Y.clone() if x0 is None else Y - A(Z)
     p, rr = r.clone(), (r*r).sum(0)
     norm2 = (Y*Y).sum(0)
+    n_iter = _cg(A, Z, r, p, rr, tol**2*norm2, max_iter, ask=Y.device.type == 'cpu')
+    r = Y - A(Z)
+    residual = torch.where(norm2 > 0, (r*r).sum(0)/norm2, 0).sqrt()
+    return Diffused(Z, n_iter, residual)
+
+
+def _cg(A, Z, r, p, rr, enough, max_iter, ask):
+    "Improves Z in place; the number of iterations that changed it. A GPU is not asked (`ask`) after each whether it was the last: to wait for the answer costs more than to go on"
     n_iter = 0
-    while n_iter < max_iter and (active := rr > tol**2*norm2).any():
+    for _ in range(max_iter):
+        some = (active := rr > enough).any()
+        if ask and not some: break
         Ap = A(p)
         step = torch.where(active, rr/(p*Ap).sum(0), 0)  # a class that has converged stands still
         Z += step*p
         r -= step*Ap
         rr, old = (r*r).sum(0), rr
         p = r + torch.where(active, rr/old, 0)*p
-        n_iter += 1
-    r = Y - A(Z)
-    residual = torch.where(norm2 > 0, (r*r).sum(0)/norm2, 0).sqrt()
-    return Diffused(Z, n_iter, residual)
+        n_iter = n_iter + some
+    return int(n_iter)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.semi_supervised import LabelSpreading
 
-from fastai_lp.diffusion import diffuse
+from fastai_lp.diffusion import _cg, diffuse, spmm
 from fastai_lp.graph import _drop_self, _plus_transpose, _plus_transpose_by_keys, affinity, knn, normalize
 from fastai_lp.labelers import Diffusion
 from fastai_lp.pseudo import PseudoLabels, _Rows, certainty, class_weights, from_scores, propagate, seed_matrix, spread
@@ -267,3 +267,17 @@ def test_labeler_without_scores():
     with_Z, without = (Diffusion(k=8, keep_Z=o)(x, torch.zeros(len(x), 4), y) for o in (True, False))
     assert without.Z is None and torch.equal(with_Z.labels, without.labels)
     torch.testing.assert_close(with_Z.weights, without.weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('max_iter, tol', [(5, 1e-6), (200, 1e-5), (20, 0.), (1, 1e-6)])
+def test_not_asked_is_the_same(max_iter, tol):
+    "As on a GPU: no iteration waits for an answer, and what has converged stands still"
+    x, y = problem(3)
+    S, _ = normalize(affinity(*knn(F.normalize(x), 8)))
+    Y = seed_matrix(y, 5)  # the last class has no seed
+    ref, found = diffuse(S, Y, max_iter=max_iter, tol=tol), []
+    for ask in (True, False):
+        Z, r = torch.zeros_like(Y), Y.clone()
+        found.append((_cg(lambda x: x - .99*spmm(S, x), Z, r, r.clone(), (r*r).sum(0), tol**2*(Y*Y).sum(0), max_iter, ask), Z))
+    assert found[0][0] == found[1][0] == ref.n_iter and torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][1], ref.Z)
+    assert not ref.Z.isnan().any() and (max_iter < 200 or ref.n_iter < 200)
