@@ -96,13 +96,13 @@ def authors_cg(S, Y, dtype=np.float64):
     return np.stack([cg(A, np.ascontiguousarray(Y[:, j], dtype), rtol=TOL, maxiter=ITERS)[0] for j in range(Y.shape[1])], 1)
 
 
-def weigh(Z):
-    "(pseudo-labels, ω) of scores, as the authors' program has them"
+def weigh(Z, norm=True):
+    "(pseudo-labels, ω) of scores, as the authors' program has them; `norm`: ω divided by its maximum"
     Z = np.maximum(Z, 0)
     mass = Z.sum(1, keepdims=True)
     p = np.divide(Z, mass, out=np.zeros_like(Z), where=mass > 0)
     with np.errstate(invalid='ignore'): omega = np.where(mass[:, 0] > 0, 1 - entropy(p.T)/np.log(Z.shape[1]), 0)
-    return Z.argmax(1), omega/omega.max()
+    return Z.argmax(1), omega/omega.max() if norm else omega
 
 
 def authors_step(x, Y, k):
@@ -160,7 +160,7 @@ def measure(n, d, k, c, noise, parts, repeats, kw):
         row['knn'], res = race(repeats, knn=lambda: knn(x, k), faiss=lambda: faiss_flat(v, k+1))
         row['knn']['ratio'] = dict(faiss=median(1/o for o in row['knn'].pop('ratios')['faiss']))  # ours over the peer's here
         graph = res['knn']
-    if graph is None and {'assembly', 'diffusion', 'agreement'} & set(parts): graph = knn(x, k)
+    if graph is None and {'assembly', 'diffusion'} & set(parts): graph = knn(x, k)
     if 'assembly' in parts:
         sims, idxs = (o.numpy() for o in graph)
         row['assembly'], res = race(repeats+2, ours=lambda: normalize(affinity(*graph, GAMMA))[0], scipy=lambda: scipy_assembly(sims, idxs),
@@ -168,10 +168,9 @@ def measure(n, d, k, c, noise, parts, repeats, kw):
         for peer in ('scipy', 'scipy_direct'):
             diff = abs(sp_csr(res['ours']) - res[peer]).max()
             assert diff < 1e-5, f'the assembly differs from {peer} by {diff}'
-    if {'diffusion', 'agreement'} & set(parts):
+    if 'diffusion' in parts:
         S = normalize(affinity(*graph, GAMMA))[0]
         row['nnz'] = len(S.values())
-    if 'diffusion' in parts:
         T = sp_csr(S)
         row['diffusion'], res = race(repeats, ours=lambda: diffuse(S, Y, ALPHA, ITERS, TOL).Z, authors=lambda: authors_cg(T, Y.numpy()),
                                      authors32=lambda: authors_cg(T, Y.numpy(), np.float32), torch_csr=lambda: block_cg(lambda p: S @ p, Y))
@@ -179,13 +178,14 @@ def measure(n, d, k, c, noise, parts, repeats, kw):
         row['diffusion']['same_argmax'] = same
         assert same['authors'] >= .999, f'argmax is the same on {same} only'
     if 'agreement' in parts:
-        T = sp_csr(normalize(affinity(*graph, GAMMA).double())[0])
-        Z = block_cg(lambda p: torch.from_numpy(T @ p.numpy()), Y.double()).numpy()
         ours = propagate(x, y, c, k=k, gamma=GAMMA, alpha=ALPHA, max_iter=ITERS, tol=TOL, **kw)
+        T = sp_csr(normalize(ours.W.double())[0])  # its own graph: rounding in the ℓ2 norm can change who is the k-th neighbour
+        Z = block_cg(lambda p: torch.from_numpy(T @ p.numpy()), Y.double()).numpy()
         labels, omega = weigh(Z)
         free = ((y < 0) & ours.reached).numpy() & (Z > 0).any(1)
         row['agreement'] = dict(argmax=float((ours.labels.numpy() == labels)[free].mean()), omega=float(abs(ours.certainty.numpy() - omega)[free].max()),
-                                reached=float(free.sum()/(y < 0).sum()), reached_differs=int((ours.reached.numpy() != (Z > 0).any(1))[y < 0].sum()))
+                                reached=float(free.sum()/(y < 0).sum()), reached_differs=int((ours.reached.numpy() != (Z > 0).any(1))[y < 0].sum()),
+                                omega_raw_max=float(weigh(Z, False)[1].max()))
     if 'step' in parts:
         peers = dict(authors=lambda: authors_step(v, Y.numpy(), k)[0])
         if n <= 100_000: peers['LabelSpreading'] = lambda: label_spreading(v, y.numpy(), k)
@@ -220,7 +220,7 @@ def show(row):
     if 'step' in row:
         print('stages     ' + ', '.join(f'{o} {t:.3f} s' for o, t in row['step']['stages'].items()))
         print('accuracy   ' + ', '.join(f'{o} {100*a:.2f} %' for o, a in row['step']['accuracy'].items()))
-    if 'agreement' in row: print("float64    argmax {argmax:.6f} (wanted ≥ .9999), |Δω| {omega:.1e} (wanted ≤ 1e-5), reached {reached:.4f}".format(**row['agreement']))
+    if 'agreement' in row: print("float64    argmax {argmax:.6f} (wanted ≥ .9999), |Δω| {omega:.1e} (wanted ≤ 1e-5), reached {reached:.4f}, largest ω before its normalisation {omega_raw_max:.4f}".format(**row['agreement']))
     if 'memory' in row: print("memory     peak {peak:.2f} GB, {before:.2f} before, {seconds:.1f} s, accuracy {accuracy:.4f}, {settings}".format(**row['memory']))
 
 
@@ -238,7 +238,7 @@ def main(args):
     print(info)
     for c in args.c:
         noise = args.noise or NOISE.get(c, 2.)
-        row = dict(n=args.n, d=args.d, k=args.k, c=c, noise=noise)
+        row, load = dict(n=args.n, d=args.d, k=args.k, c=c, noise=noise), os.getloadavg()[0]  # a busy machine spoils the times
         if args.memory:  # first: a child starts with the peak of its parent
             with ProcessPoolExecutor(1, get_context('spawn')) as pool: row['memory'] = pool.submit(memory, args.n, args.d, args.k, c, noise, kw).result()
         if args.parts: row.update(measure(args.n, args.d, args.k, c, noise, args.parts, args.repeats, kw))
@@ -246,7 +246,7 @@ def main(args):
         if not args.save: continue
         rows = json.loads(args.out.read_text())['rows'] if args.out.exists() else []
         same = [o for o in rows if all(o[i] == row[i] for i in ('n', 'd', 'k', 'c', 'noise'))]
-        row = {**(same[0] if same else {}), **row, 'machine': info, 'date': time.strftime('%Y-%m-%d')}
+        row = {**(same[0] if same else {}), **row, 'machine': info, 'load_before': load, 'date': time.strftime('%Y-%m-%d')}
         rows = sorted([o for o in rows if o not in same] + [row], key=lambda o: (o['n'], o['c'], o['d'], o['k']))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(dict(rows=rows), indent=1) + '\n')
