@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastai_lp.datasets.show_labels': ('datasets.html#show_labels', 'fastai_lp/datasets.py')},
             'fastai_lp.diffusion': { 'fastai_lp.diffusion.Diffused': ('diffusion.html#diffused', 'fastai_lp/diffusion.py'),
                                      'fastai_lp.diffusion._cg': ('diffusion.html#_cg', 'fastai_lp/diffusion.py'),
+                                     'fastai_lp.diffusion._solve': ('diffusion.html#_solve', 'fastai_lp/diffusion.py'),
                                      'fastai_lp.diffusion.diffuse': ('diffusion.html#diffuse', 'fastai_lp/diffusion.py'),
                                      'fastai_lp.diffusion.spmm': ('diffusion.html#spmm', 'fastai_lp/diffusion.py')},
             'fastai_lp.estimator': { 'fastai_lp.estimator.LabelDiffusion': ('estimator.html#labeldiffusion', 'fastai_lp/estimator.py'),
