@@ -6,8 +6,7 @@
 writes <name>-<epoch>.npy (float16 [n, d]) and <name>.npz (labels, truth) into --folder, 13 MB per epoch of 50,000 items.
 
 The network for CIFAR-10 is a small one that two cores can train (4 + 1 convolutions, 128 numbers per image), trained with
-fit_one_cycle for 4 epochs on the labeled items and then `--epochs` on all, then `--then` epochs at the constant rate 1e-4, as late in a
-long training."""
+fit_one_cycle for 4 epochs on the labeled items and then `--epochs` on all."""
 import argparse
 import time
 from pathlib import Path
@@ -59,7 +58,6 @@ def record(args):
     np.savez(args.folder/f'{args.name}.npz', y=data.shown, truth=data.train_truth.numpy())
     start = time.perf_counter()
     learn.fit_one_cycle(args.epochs+4, lr, cbs=LPCallback(labeler, warmup=4, truth=data.train_truth))
-    if args.then: learn.fit(args.then, 1e-4, cbs=LPCallback(labeler, truth=data.train_truth))
     print(learn.lp_record.to_df().to_string(), f'\n{time.perf_counter()-start:.0f} s')
 
 
@@ -72,6 +70,5 @@ if __name__ == '__main__':
     parser.add_argument('--labels', type=int, default=4000)
     parser.add_argument('--n', type=int)
     parser.add_argument('--epochs', type=int, default=20)
-    parser.add_argument('--then', type=int, default=0)
     parser.add_argument('--folder', type=Path, default='results/drift')
     record(parser.parse_args())

@@ -49,15 +49,17 @@ WANTED = { # of issue 5: (n, c) or None for any: at least, or for knn at most
     ('diffusion', 'authors', (200_000, 10)): 10, ('step', 'authors', (50_000, 100)): 2.2, ('step', 'LabelSpreading', (50_000, 100)): 3}
 
 
-def items(n, d, c, noise, seed=0, modes=3, chunk=50_000):
-    "(features [n, d], truth [n], labels [n], −1 where unlabeled)"
+def items(n, d, c, noise, seed=0, modes=3, chunk=50_000, intrinsic=None):
+    "(features [n, d], truth [n], labels [n], −1 where unlabeled); `intrinsic`: dimensions of each class's noise, None: all d"
     g = torch.Generator().manual_seed(seed)
     truth, dirs = torch.randint(c, (n,), generator=g), F.normalize(torch.randn(c, modes, d, generator=g), dim=2)
     x = torch.empty(n, d)
+    frame = None if intrinsic is None else torch.linalg.qr(torch.randn(c, d, intrinsic, generator=g))[0].transpose(1, 2)
     for a in range(0, n, chunk):
         t = truth[a:a+chunk]
         w = F.normalize(torch.rand(len(t), modes, generator=g))
-        x[a:a+chunk] = F.normalize(torch.einsum('nm,nmd->nd', w, dirs[t]) + noise*torch.randn(len(t), d, generator=g)/d**.5)
+        e = torch.randn(len(t), d, generator=g)/d**.5 if frame is None else (torch.randn(len(t), 1, intrinsic, generator=g)/intrinsic**.5 @ frame[t])[:, 0]
+        x[a:a+chunk] = F.normalize(torch.einsum('nm,nmd->nd', w, dirs[t]) + noise*e)
     y = torch.full((n,), -1)
     for j in range(c): y[(truth == j).nonzero()[:5 if c >= 1000 else 10, 0]] = j
     return x, truth, y

@@ -567,6 +567,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastai_lp.search.knn': ('search.html#knn', 'fastai_lp/search.py'),
                                   'fastai_lp.search.knn_recall': ('search.html#knn_recall', 'fastai_lp/search.py'),
                                   'fastai_lp.search.reporting': ('search.html#reporting', 'fastai_lp/search.py'),
+                                  'fastai_lp.search.rescored': ('search.html#rescored', 'fastai_lp/search.py'),
                                   'fastai_lp.search.rows_not_finite': ('search.html#rows_not_finite', 'fastai_lp/search.py'),
                                   'fastai_lp.search.share_of': ('search.html#share_of', 'fastai_lp/search.py'),
                                   'fastai_lp.search.shared': ('search.html#shared', 'fastai_lp/search.py'),
@@ -579,5 +580,4 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastai_lp.warm.Neighbors.info': ('warm.html#neighbors.info', 'fastai_lp/warm.py'),
                                 'fastai_lp.warm.Neighbors.load_state_dict': ('warm.html#neighbors.load_state_dict', 'fastai_lp/warm.py'),
                                 'fastai_lp.warm.Neighbors.state_dict': ('warm.html#neighbors.state_dict', 'fastai_lp/warm.py'),
-                                'fastai_lp.warm._shared': ('warm.html#_shared', 'fastai_lp/warm.py'),
-                                'fastai_lp.warm.rescored': ('warm.html#rescored', 'fastai_lp/warm.py')}}}
+                                'fastai_lp.warm._shared': ('warm.html#_shared', 'fastai_lp/warm.py')}}}

@@ -303,7 +303,7 @@ def advice(
     pseudo:PseudoLabels, # of a diffusion, or with any other scores as `Z`
     names=None, # class names for the messages
 )->dict: # {what: message}, empty where all is well
-    """What looks wrong with pseudo-labels, and what to do: `certainty`, `class`, `residual`, `reached`.
+    """What looks wrong with pseudo-labels, and what to do: `certainty`, `class`, `residual`, `reached`, `recall`.
 
     Certainty has collapsed where its mean, before the normalisation over items, is below 0.05 (digits: 0.1 and more from the first epoch on;
     noise: 0.006); a class takes over where its share is more than halfway from its share of the labels to everything."""
@@ -322,4 +322,7 @@ def advice(
     if (lost := (free & ~pseudo.reached).sum().item()) > .1*n:
         res['reached'] = (f"no label reaches {lost} of {n} unlabeled items, which train with weight 0: raise k= so that the graph hangs together, raise max_iter=, "
                           "or label items among them (LPInterpretation's suggest finds them)")
+    if (recall := pseudo.graph.get('recall', 1)) < .9:
+        res['recall'] = (f"the approximate search found {recall:.0%} of the nearest neighbours, which costs pseudo-labels: ask for an index that looks further, such as index='HNSW64', "
+                         "or for index='Flat', which misses none")
     return res

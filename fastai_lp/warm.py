@@ -5,32 +5,12 @@
 # %% auto #0
 __all__ = ['Neighbors']
 
-# %% ../nbs/00_warm.ipynb #395d5420
+# %% ../nbs/00_warm.ipynb #1d38f907
 import torch
-import faiss
 
-from .search import _clamp_k, _engine, _found, _sample, _search, as_rows, gathered, share_of
+from .search import _clamp_k, _engine, _found, _sample, _search, as_rows, gathered, rescored, share_of
 
-# %% ../nbs/00_warm.ipynb #0911cae4
-def rescored(
-    x:torch.Tensor, # float32 [n, d]
-    rows:torch.Tensor, # int64 [m], the items
-    candidates:torch.Tensor, # int [m, q]; −1 for a missing one
-)->tuple[torch.Tensor, torch.Tensor]: # (sims [m, q] descending, idxs int64 [m, q])
-    "Inner products of items with candidates of their own, the nearest first"
-    idxs = candidates.long()
-    if x.device.type == 'cpu':
-        index, q, sims = faiss.IndexFlatIP(x.shape[1]), x[rows].contiguous(), torch.empty(idxs.shape)
-        index.add(x.numpy())
-        index.compute_distance_subset(len(q), faiss.swig_ptr(q.numpy()), idxs.shape[1], faiss.swig_ptr(sims.numpy()), faiss.swig_ptr(idxs.numpy()))
-    else:
-        size = max(1, 2**26//(idxs.shape[1]*x.shape[1]))  # 256 MiB of gathered rows
-        sims = torch.cat([torch.bmm(x[i.clamp(min=0)], x[r][:, :, None])[..., 0] for r, i in zip(rows.split(size), idxs.split(size))])
-    sims, order = sims.masked_fill(idxs < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
-    idxs = idxs.gather(1, order)
-    return sims.masked_fill(idxs < 0, 0), idxs
-
-# %% ../nbs/00_warm.ipynb #5394283b
+# %% ../nbs/00_warm.ipynb #57b39a8d
 class Neighbors:
     """`search.knn` from call to call, each of which sets `recall`, `overlap` and `searched`.
 
