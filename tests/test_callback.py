@@ -23,6 +23,7 @@ from torch import nn
 
 import fastai_lp.callback
 from conftest import Look, blob_learner, blob_model, blobs, flat_weights
+from fastai_lp import diffusion, search
 from fastai_lp.callback import LPCallback, truth_of
 from fastai_lp.data import SemiCategorize, SemiCategoryBlock, semi_dls
 from fastai_lp.labelers import Diffusion, NetworkPrediction
@@ -367,6 +368,26 @@ def test_extraction_interrupted(learn, monkeypatch):
     learn.model[1].forward = stop
     with E(KeyboardInterrupt): learn.fit(1, cbs=LPCallback())
     learn.model[1].forward = real
+    traceless(learn)
+
+
+@pytest.mark.parametrize('stage', ['neighbours', 'diffusion'])
+def test_a_stage_interrupted(learn, stage, monkeypatch):
+    "Ctrl-C between two blocks of the search, or of the classes; the next fit is as if there had been none"
+    state, order = flat_weights(learn), learn.dls.train.rng.getstate()
+    real = search.blocks
+    def stop(n, size, what, start=0):
+        for o in real(n, size, what, start):
+            yield o
+            if what == stage: raise KeyboardInterrupt
+    for module in (search, diffusion): monkeypatch.setattr(module, 'blocks', stop)
+    learn.model.train()
+    with E(KeyboardInterrupt): learn.fit(1, cbs=LPCallback())
+    assert torch.equal(flat_weights(learn), state) and learn.dls.train.rng.getstate() == order and search._report.get() is None
+    traceless(learn)
+    monkeypatch.undo()
+    learn.fit(1, cbs=LPCallback())
+    assert len(learn.lp_record.history) == 1
     traceless(learn)
 
 
