@@ -469,6 +469,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastai_lp.pseudo.check_settings': ('pseudo.html#check_settings', 'fastai_lp/pseudo.py'),
                                   'fastai_lp.pseudo.class_weights': ('pseudo.html#class_weights', 'fastai_lp/pseudo.py'),
                                   'fastai_lp.pseudo.from_scores': ('pseudo.html#from_scores', 'fastai_lp/pseudo.py'),
+                                  'fastai_lp.pseudo.peak_memory': ('pseudo.html#peak_memory', 'fastai_lp/pseudo.py'),
                                   'fastai_lp.pseudo.propagate': ('pseudo.html#propagate', 'fastai_lp/pseudo.py'),
                                   'fastai_lp.pseudo.seed_matrix': ('pseudo.html#seed_matrix', 'fastai_lp/pseudo.py'),
                                   'fastai_lp.pseudo.spread': ('pseudo.html#spread', 'fastai_lp/pseudo.py')},

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['certainty', 'class_weights', 'PseudoLabels', 'from_scores', 'check_labels', 'check_settings', 'seed_matrix', 'spread',
-           'build_graph', 'propagate', 'advice']
+           'build_graph', 'propagate', 'peak_memory', 'advice']
 
 # %% ../nbs/02_pseudo.ipynb #4e06fc14
 import math
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.meta import delegates
 
-from .search import as_rows, blocks, reporting, unit_rows
+from .search import as_rows, blocks, default_k, index_for, reporting, unit_rows
 from .warm import Neighbors
 from .graph import affinity, csr, normalize
 from .diffusion import diffuse
@@ -268,8 +268,10 @@ def build_graph(
     neighbors:Neighbors=None, # what remembers the last search; None: nothing does
 )->tuple[torch.Tensor, dict]: # (W [n, n] sparse CSR, what is known of the search)
     "The graph of Eq. 9 from descriptors"
-    neighbors = Neighbors() if neighbors is None else neighbors
-    return affinity(*neighbors(unit_rows(x), k, backend, index), gamma), neighbors.info()
+    once, neighbors = neighbors is None, neighbors or Neighbors()
+    found = neighbors(unit_rows(x), k, backend, index)
+    if once: neighbors.pool = None
+    return affinity(*found, gamma), neighbors.info()
 
 
 @delegates(spread, but=['W'])
@@ -297,6 +299,21 @@ def propagate(
     res = spread(W, y, n_classes, **kwargs)
     res.seconds, res.graph = dict(graph=built, **res.seconds), found
     return res
+
+# %% ../nbs/02_pseudo.ipynb #dbe90131
+def peak_memory(
+    n:int, # items
+    d:int, # numbers per descriptor
+    c:int, # classes
+    k:int=None, # neighbours; None: `search.default_k(n)`
+    keep_Z:bool=True, # as given to `propagate`
+    index:str='auto', # as given to `propagate`; one that is not exact holds a copy of the descriptors and, as HNSW32, 64 links per item
+)->int: # bytes
+    "About the most memory that `propagate` takes on a CPU, the descriptors (of length 1 already) included, what Python and its libraries take (0.5 GB) not"
+    k = default_k(n) if k is None else k
+    assembly, scores = 57*n*k, 24*n*k + 16*n*(c if keep_Z else min(c, 64)) + 900*n
+    exact = (index_for(n) if index == 'auto' else index) == 'Flat'
+    return 4*n*d + max(assembly, scores) + (0 if exact else 4*n*d + 270*n)
 
 # %% ../nbs/02_pseudo.ipynb #f58dd748
 def advice(

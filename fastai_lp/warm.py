@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Neighbors']
 
-# %% ../nbs/00_warm.ipynb #1d38f907
+# %% ../nbs/00_warm.ipynb #8c6a0bc6
 import torch
 
 from .search import _clamp_k, _engine, _found, _sample, _search, as_rows, gathered, rescored, share_of
 
-# %% ../nbs/00_warm.ipynb #57b39a8d
+# %% ../nbs/00_warm.ipynb #f7665b8e
 class Neighbors:
     """`search.knn` from call to call, each of which sets `recall`, `overlap` and `searched`.
 
@@ -53,7 +53,7 @@ class Neighbors:
             if not warm: self.overlap = None if old is None or old.shape[1] < k else self._of_rank_0(_shared(idxs[rows, :k], old[rows, :k]))
             self.recall = 1. if engine[1] == 'Flat' else self._of_rank_0(_found(true[0], sims[rows, :k]))
         else: sims, idxs = gathered(*rescored(x, share, old[share]))
-        self.pool = idxs.int().cpu() if n < 2**31 else idxs.cpu()
+        self.pool = idxs.int() if n < 2**31 else idxs
         return sims[:, :k].contiguous(), idxs[:, :k].contiguous()
 
     def _of_rank_0(self, value): return gathered(torch.tensor([value]))[0][0].item()  # all processes must decide alike

@@ -198,3 +198,25 @@ def test_ctrl_c_stops_a_search(index):
             "except KeyboardInterrupt: print('stopped')")
     res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert res.stdout.strip() == 'stopped', res.stderr
+
+
+@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='the peak of a process from a mark on is read where Linux counts it')
+@pytest.mark.parametrize('n, d, c, k, keep_Z', [(30_000, 32, 10, 50, True), (20_000, 32, 400, 10, True), (20_000, 32, 400, 10, False)])
+def test_peak_memory_is_as_the_formula_says(n, d, c, k, keep_Z):
+    code = f"""
+import gc, re, torch
+from pathlib import Path
+from fastai_lp.pseudo import peak_memory, propagate
+def resident(what): return int(re.search(rf'{{what}}:\\s*(\\d+)', Path('/proc/self/status').read_text()).group(1))*1024
+few = torch.nn.functional.normalize(torch.randn({c}*3, {d}))
+propagate(few, torch.arange({c}*3) % {c})  # what libraries allocate once
+x = torch.nn.functional.normalize(torch.randn({n}, {d}))
+y = torch.where(torch.arange({n}) < {c}, torch.arange({n}), -1)
+gc.collect()
+Path('/proc/self/clear_refs').write_text('5')
+before = resident('VmRSS') - 4*{n}*{d}
+propagate(x, y, k={k}, keep_Z={keep_Z})
+print((resident('VmHWM') - before)/peak_memory({n}, {d}, {c}, {k}, keep_Z={keep_Z}))
+"""
+    share = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}).stdout)
+    assert .6 < share < 1.2, share
