@@ -3,7 +3,9 @@ import os
 import warnings
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -92,6 +94,13 @@ def fit(learn, epochs, cbs, look=None, lr=1e-2):
                 **({} if look is None else dict(items=look.items, labeled=look.labeled, right=look.right)))
 
 
+class Start(Callback):
+    "The teacher of the first step"
+    order = -3
+    def before_batch(self):
+        if not hasattr(self, 'teacher'): self.teacher = [p.clone() for p in self.learn.mt_record.teacher.parameters()]
+
+
 class Off(Callback):
     order = 99
     def after_epoch(self):
@@ -99,7 +108,7 @@ class Off(Callback):
 
 
 def extraction(rank, path):
-    learn, rows = learner(path), []
+    learn, rows = learner(path, bs=20), []  # 60 and 61 items: one batch more in one process
     model = learn.model
     count = model.register_forward_hook(lambda m, args, out: rows.append(len(out)))
     learn.model = DistributedDataParallel(model)
@@ -129,8 +138,9 @@ def warned(rank, path):
 def teachers(rank, path):
     res = {}
     for name, cbs in dict(both=[LPCallback(warmup=1), MeanTeacherCallback()], alone=[MeanTeacherCallback()]).items():
-        learn = learner(path, seed=rank)
-        res[name] = fit(learn, 2, cbs, Batches())
+        learn, start = learner(path, seed=rank), Start()
+        res[name] = fit(learn, 2, [*cbs, start], Batches())
+        res[name]['start'] = start.teacher
         res[name]['teacher'] = {k: v.clone() for k, v in learn.mt_record.teacher.state_dict().items()}
         res[name]['bn'] = learn.mt_record.teacher[1].running_mean
     return res
@@ -138,8 +148,9 @@ def teachers(rank, path):
 
 def resumed(rank, path):
     def cbs(file): return [LPCallback(warmup=1), MeanTeacherCallback(), ResumeCallback(path/file)]
-    res = dict(through=fit(learner(path), 4, cbs('through.pth')))
-    try: fit(learner(path), 4, [*cbs('off.pth'), Off()])
+    with patch('fastai_lp.resume.torch.save', wraps=torch.save) as save: res = dict(through=fit(learner(path, seed=rank), 4, cbs('through.pth')))
+    res['saved'] = sum(isinstance(o.args[1], Path) for o in save.call_args_list)  # torch also saves what is sent
+    try: fit(learner(path, seed=rank), 4, [*cbs('off.pth'), Off()])
     except KeyboardInterrupt: pass
     res['names'] = list(torch.load(path/'off.pth', weights_only=True)['model'])
     res['again'] = fit(learner(path, seed=5), 4, cbs('off.pth'))
@@ -269,7 +280,7 @@ def test_only_the_first_process_warns(ranks): assert [len(r['warned']['warned'])
 @pytest.mark.parametrize('name', ['both', 'alone'])
 def test_one_teacher(name, ranks):
     a, b = (r['teachers'][name] for r in ranks)
-    for k in ('weights', 'teacher', 'values'): assert same(a[k], b[k]), k
+    for k in ('weights', 'start', 'teacher', 'values'): assert same(a[k], b[k]), k
     assert a['bn'].abs().max() > 0 and a['whole'] and b['whole']
     for r in (a, b):
         assert {n for epoch in r['labeled'] for n in epoch} == {2*LABELED}
@@ -282,6 +293,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(ranks):
         assert 'module' not in r['resumed']['names'][0]
         assert 'not all processes see the same file' in r['resumed']['error']
         assert 'processes 2 there, None here' in r['resumed']['other']
+    assert [r['resumed']['saved'] for r in ranks] == [4, 0]
     a, b = (r['resumed']['again'] for r in ranks)
     assert same(a['weights'], b['weights']) and same(a['history'], b['history'])
 
