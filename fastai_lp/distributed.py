@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['place', 'unwrapped', 'gather_rows', 'from_first', 'of_all', 'mean_of', 'level', 'work_shared', 'share_batches']
 
-# %% ../nbs/05_distributed.ipynb #0310629b
+# %% ../nbs/05_distributed.ipynb #5a2a6e65
 from contextlib import nullcontext
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .search import shared
 
-# %% ../nbs/05_distributed.ipynb #0b95c836
+# %% ../nbs/05_distributed.ipynb #530838f6
 def place(
     dl, # a DataLoader
 )->tuple[int, int]: # (rank, number of processes)
@@ -30,7 +30,7 @@ def unwrapped(
     "The model itself, where `DistributedDataParallel` or `DataParallel` wraps it"
     return model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
 
-# %% ../nbs/05_distributed.ipynb #64250652
+# %% ../nbs/05_distributed.ipynb #3449b3ce
 def _wire(): return torch.device('cuda', torch.cuda.current_device()) if 'nccl' in dist.get_backend() else torch.device('cpu')  # NCCL sends from GPUs only
 
 
@@ -86,7 +86,7 @@ def level(*tensors): # changed in place
     "Give tensors the values that the first process has"
     for t in tensors: t.copy_(from_first(t))
 
-# %% ../nbs/05_distributed.ipynb #defd3d98
+# %% ../nbs/05_distributed.ipynb #bda6d64e
 def work_shared(
     rank:int, # as from `place`
     world:int, # as from `place`
@@ -94,7 +94,7 @@ def work_shared(
     "A context in which extraction and search are done together: each process its share, all processes the same calls"
     return shared(rank, world, gather_rows) if world > 1 else nullcontext()
 
-# %% ../nbs/05_distributed.ipynb #340d69ef
+# %% ../nbs/05_distributed.ipynb #4f0300ed
 def _send_order(idxs, rank):
     there = torch.tensor(idxs, device=_wire())
     dist.broadcast(there, rank)

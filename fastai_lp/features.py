@@ -143,7 +143,7 @@ def extract_features(
     `ValueError` where descriptors or logits are not finite (items named), or the DataLoader does not yield each item once."""
     dl = learn.dls.train if dl is None else dl
     dl = getattr(dl, 'dl', dl)
-    model = unwrapped(learn.model)  # a wrapper's forward would wait for processes that have one batch fewer
+    model = unwrapped(learn.model)  # a wrapper's forward may wait for processes that are not extracting
     module, is_input = find_descriptor(model, learn.dls.c, layer)
     clean = dl.dataset.set_split_idx(1) if hasattr(dl.dataset, 'set_split_idx') and not augment else nullcontext()
     with _same_random_state(), clean, _eval_mode(model), _captured(module, is_input) as seen:
