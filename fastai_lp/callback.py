@@ -10,6 +10,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from fastai.learner import ValueMetric
 from fastai.torch_core import progress_bar
 
 from .data import TwoStream, is_unlabeled, targets_of, warn_of_unlabeled_validation, _how_to_unlabel
+from .distributed import from_first, level, mean_of, share_batches, unwrapped, work_shared
 from .features import extract_features, find_classifier, find_descriptor
 from .labelers import Diffusion
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
@@ -175,6 +177,7 @@ class LPCallback(FitScoped):
     def before_train(self):
         "The transductive step, and everything that the epoch's batches need"
         if self._fit is None: raise ValueError("there is no training item: a Learner from load_learner comes without data; set learn.dls before the fit")
+        self._fit.rank, self._fit.world = share_batches(self.dls.loaders)
         if self._fit.due: self._update()
         self._prepare()
 
@@ -183,17 +186,21 @@ class LPCallback(FitScoped):
         fit, start = self._fit, time.perf_counter()
         progress = getattr(self.learn, 'progress', None)
         bar = dict(parent=getattr(progress, 'mbar', None), show=progress is not None)
-        found = extract_features(self.learn, self.layer, augment=self.augment, **bar)
-        extracted = time.perf_counter()
-        if found.logits.shape[1] != self.dls.c:
-            raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")
-        with _bars(**bar): pseudo = self.labeler(found.feats, found.logits, fit.y)
+        if fit.world > 1: level(*unwrapped(self.learn.model).buffers())  # each process has its own batches' BatchNorm statistics
+        with work_shared(fit.rank, fit.world):
+            found = extract_features(self.learn, self.layer, augment=self.augment, **bar)
+            extracted = time.perf_counter()
+            if found.logits.shape[1] != self.dls.c:
+                raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")
+            with _bars(**bar): pseudo = self.labeler(found.feats, found.logits, fit.y)
+        if fit.world > 1: pseudo = replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k != 'W'})  # the graph is of gathered neighbours
         row = dict(epoch=fit.epoch, accuracy=None, network_accuracy=None, certainty=pseudo.certainty[~pseudo.labeled].mean().item(),
                    reached=pseudo.reached.float().mean().item(), residual=pseudo.residual, n_iter=pseudo.n_iter,
                    sec=time.perf_counter()-start, seconds=dict(features=extracted-start, **pseudo.seconds), **pseudo.graph)
         if fit.truth is not None:
             asked = (fit.y < 0) & (fit.truth >= 0)
             row.update(accuracy=pseudo.accuracy(fit.truth), network_accuracy=(found.logits.argmax(1) == fit.truth)[asked].float().mean().item())
+        if fit.world > 1: row = from_first(row)
         self.record.pseudo, self.record.truth, self._data = pseudo, fit.truth, fit.dl.dataset
         self.record.history.append(row)
         self._advise(pseudo)
@@ -205,7 +212,7 @@ class LPCallback(FitScoped):
             if fit.wrong.get(what) is True: continue
             again = what in fit.wrong or self.epoch == self.n_epoch-1
             fit.wrong[what] = again
-            if again: warnings.warn(f"LPCallback, epoch {fit.epoch}: {message}")
+            if again and fit.rank == 0: warnings.warn(f"LPCallback, epoch {fit.epoch}: {message}")
         fit.wrong = {k: v for k, v in fit.wrong.items() if v or k in found}
 
     def _prepare(self):
@@ -226,7 +233,9 @@ class LPCallback(FitScoped):
         fit.mismatch |= (given.flatten().clamp(min=-1) != fit.y[idx]).any()
         if self.iter == 0 or fit.y.device.type == 'cpu': self._in_step()  # on a GPU later batches wait for after_train: no synchronisation per step
         labels, weights = fit.labels[idx], fit.weights[idx]
-        if fit.warm and getattr(fit.dl, 'views', 1) == 1: weights = weights*(len(idx)/weights.sum().clamp(min=1))  # the mean over the labeled items
+        if fit.warm and getattr(fit.dl, 'views', 1) == 1:  # the mean over the labeled items, of all processes
+            labeled = weights.sum() if fit.world == 1 else mean_of(weights.sum())
+            weights = weights*(len(idx)/labeled.clamp(min=1/fit.world))
         fit.hard = torch.where(labels < 0, -100, labels).view(given.shape).as_subclass(type(given))
         self.learn.yb = (weighted_targets(labels, weights, self.dls.c),)
 
@@ -264,7 +273,7 @@ class LPCallback(FitScoped):
         if self._fit is None: return
         self.learn.__dict__.pop('_with_events', None)
         self._fit.thaw()
-        if isinstance(self._fit.dl, TwoStream): self._fit.dl.labeled_only = False
+        if isinstance(self._fit.dl, TwoStream): self._fit.dl.labeled_only, self._fit.dl.ranks = False, 1
         self.learn.metrics = [m for m in self.learn.metrics if not (isinstance(m, ValueMetric) and m.name.startswith('lp_'))]
         self._fit = None
 
@@ -287,6 +296,7 @@ class _Fit:
     def __init__(self, dl, base, lr_find):
         self.dl, self.base, self.lr_find = dl, base, lr_find
         self.truth = self.hard = self.frozen = self.mismatch = None
+        self.rank, self.world = 0, 1
         self.epoch, self.wrong = base, {}  # what looks wrong: whether it has been said
 
     def freeze(self, dl):

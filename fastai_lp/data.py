@@ -9,6 +9,7 @@ __all__ = ['TwoStreamDL', 'is_unlabeled', 'SemiCategorize', 'SemiCategoryBlock',
 
 # %% ../nbs/11_data.ipynb #e81a7360
 import hashlib
+import math
 import random
 import warnings
 from collections import Counter, defaultdict
@@ -187,9 +188,10 @@ class TwoStream:
 
     An epoch is one pass over the unlabeled items; labeled ones cycle through endless reshuffles. While `labeled_only` is
     set, an epoch draws full batches of labeled items only. `two_views` makes every batch twice as long: its items, and
-    the same items again, each augmented anew. A DataLoader made from it by `new` for another dataset, or without shuffling,
+    the same items again, each augmented anew. With `ranks` above 1 it draws an epoch for each of so many processes, all of
+    one length, over shares of the unlabeled items (see `distributed.share_batches`). A DataLoader made from it by `new` for another dataset, or without shuffling,
     is of the class it was mixed into, and has one view."""
-    labeled_only, views = False, 1
+    labeled_only, views, ranks = False, 1, 1
     _unlabeled = None  # until __init__ is done: some base classes iterate in theirs
 
     def __init__(self, dataset=None, *args,
@@ -212,15 +214,21 @@ class TwoStream:
     def __len__(self):
         if self._unlabeled is None: return super().__len__()
         bs = self.bs//self.views
-        if self.labeled_only: return max(1, len(self._labeled)//bs)
-        full, rest = divmod(len(self._unlabeled), bs-self.labeled_bs)
-        return max(1, full + (rest > 0 and not self.drop_last))
+        if self.labeled_only: return self.ranks*max(1, len(self._labeled)//(bs*self.ranks))
+        full, rest = divmod(math.ceil(len(self._unlabeled)/self.ranks), bs-self.labeled_bs)
+        return self.ranks*max(1, full + (rest > 0 and not self.drop_last))
 
     def get_idxs(self):
         if self._unlabeled is None: return super().get_idxs()
-        unlabeled = iter([] if self.labeled_only else self.rng.sample(self._unlabeled, len(self._unlabeled)))
+        unlabeled = [] if self.labeled_only else self.rng.sample(self._unlabeled, len(self._unlabeled))
+        each = math.ceil(len(unlabeled)/self.ranks)
+        unlabeled = (unlabeled*self.ranks)[:each*self.ranks]
+        return [i for r in range(self.ranks) for i in self._epoch_over(unlabeled[r*each:(r+1)*each])]
+
+    def _epoch_over(self, unlabeled):
+        unlabeled = iter(unlabeled)
         idxs, bs = [], self.bs//self.views
-        for _ in range(len(self)):
+        for _ in range(len(self)//self.ranks):
             some = list(islice(unlabeled, bs-self.labeled_bs))
             # a batch that the unlabeled items do not fill, and that would be dropped, is filled with labeled ones
             full = self.drop_last or self.labeled_only

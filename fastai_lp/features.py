@@ -17,7 +17,9 @@ from fastai.learner import Learner
 from fastai.torch_core import get_random_states, progress_bar, set_random_states
 from fastai.vision.learner import TimmBody
 
+from .distributed import unwrapped
 from .graph import rows_not_finite
+from .search import gathered, share_of
 
 # %% ../nbs/12_features.ipynb #bafe0ec6
 def find_classifier(
@@ -52,6 +54,7 @@ def find_descriptor(
 
     A vision head's last Linear sees a hidden layer that starts from random weights; what is pooled has the backbone's
     geometry from the first epoch on. Raises `ValueError` where no classifier is found or `layer` is not in the model."""
+    model = unwrapped(model)
     if layer is None:
         pool = _pooled_by(model)
         return (find_classifier(model, n_classes), True) if pool is None else (pool, False)
@@ -135,31 +138,37 @@ def extract_features(
 )->Features:
     """Descriptors and logits of every item of a DataLoader's dataset, in evaluation mode and, unless asked for, without augmentation.
 
+    Within `search.shared` each process extracts its share, and all have all rows.
     Afterwards the model's modes, its BatchNorm statistics and the random number generators are as before. Raises
     `ValueError` where descriptors or logits are not finite (items named), or the DataLoader does not yield each item once."""
     dl = learn.dls.train if dl is None else dl
     dl = getattr(dl, 'dl', dl)
-    module, is_input = find_descriptor(learn.model, learn.dls.c, layer)
+    model = unwrapped(learn.model)  # a wrapper's forward may wait for processes that are not extracting
+    module, is_input = find_descriptor(model, learn.dls.c, layer)
     clean = dl.dataset.set_split_idx(1) if hasattr(dl.dataset, 'set_split_idx') and not augment else nullcontext()
-    with _same_random_state(), clean, _eval_mode(learn.model), _captured(module, is_input) as seen:
+    with _same_random_state(), clean, _eval_mode(model), _captured(module, is_input) as seen:
         dl = dl.new(shuffle=False, drop_last=False)
         idxs = list(dl.get_idxs())
-        dl.get_idxs = lambda: idxs
+        own = idxs[slice(*share_of(len(idxs)))]
+        dl.get_idxs, dl.n = lambda: own, len(own)
         feats = logits = None
         done = 0
         batches = progress_bar(dl, parent=parent, leave=False) if show else dl
         if show: batches.comment = 'descriptors'
         for b in batches:
-            out = learn.model(*learn._set_device(b)[:dl.n_inp])
+            out = model(*learn._set_device(b)[:dl.n_inp])
             v, out = F.normalize(_pooled(seen[0])), _pooled(out)
-            if feats is None: feats, logits = (o.new_full((len(idxs), o.shape[1]), torch.nan) for o in (v, out))
-            where = idxs[done:done+len(v)]
+            if feats is None: feats, logits = (o.new_full((len(own), o.shape[1]), torch.nan) for o in (v, out))
+            where = slice(done, done+len(v))
             done += len(v)
-            if done > len(idxs): break
+            if done > len(own): break
             feats[where], logits[where] = v, out
+    done = gathered(torch.tensor([done]))[0].sum().item()  # gather first, then judge: all processes must come to the same end
+    feats, logits = gathered(feats, logits)
     if done != len(idxs) or sorted(idxs) != list(range(len(dl.dataset))):
         raise ValueError(f"{done} of {len(dl.dataset)} items came out of the training data: items that skip themselves, or a DataLoader "
                          "that does not follow get_idxs, cannot be matched with their pseudo-labels; remove the broken items first")
+    if idxs != sorted(idxs): feats, logits = (o[torch.tensor(idxs).argsort()] for o in (feats, logits))
     for name, o in (('features', feats), ('predictions', logits)):
         if bad := rows_not_finite(o):
             raise ValueError(f"{name} of item(s) {bad} are NaN or infinite: look at these items of the training data, "

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from .search import as_rows, default_k, knn, rows_not_finite
 
-# %% ../nbs/00_graph.ipynb #faf2c1c6
+# %% ../nbs/00_graph.ipynb #e5e1dcaa
 _all_ = ['as_rows', 'default_k', 'knn', 'rows_not_finite']
 
 # %% ../nbs/00_graph.ipynb #85028e55

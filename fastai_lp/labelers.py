@@ -31,7 +31,7 @@ class _Labeler:
 
     def forget(self):
         "As new: nothing of an earlier call is used in the next"
-        self._neighbors, self._Z = Neighbors(getattr(self, 'refresh', 'exact'), getattr(self, 'min_recall', .98)), None
+        self._neighbors, self._Z = Neighbors(getattr(self, 'refresh', 'exact'), getattr(self, 'min_recall', .95)), None
 
     def state_dict(self)->dict: # tensors and numbers
         "What the next call depends on beside its arguments"
@@ -69,7 +69,7 @@ class Diffusion(_Labeler):
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
     keep_Z:bool=True # keep all scores; False: see `pseudo.spread`. The warning of collapsed certainty needs them
     refresh:str='exact' # compare all items in every call, or, with 'auto', only with what an earlier one found where that will do; see `warm.Neighbors`
-    min_recall:float=.98 # with 'auto': when it will do
+    min_recall:float=.95 # with 'auto': when it will do
     warm_start:bool=False # start CG from the last scores rather than from zero: nearer to the solution after the same iterations, but no longer the paper's early stopping
 
     def __call__(self,

@@ -20,6 +20,7 @@ from fastai.learner import Learner, ValueMetric
 
 from .callback import FitScoped
 from .data import TwoStream
+from .distributed import level, share_batches, unwrapped
 
 # %% ../nbs/14_mean_teacher.ipynb #a84db352
 def ema_decay(
@@ -85,7 +86,7 @@ class MeanTeacherCallback(FitScoped):
     Needs batches of two streams. The teacher runs in training mode on its own view, and keeps its own BatchNorm statistics.
     Each metric of the Learner is also reported for the teacher, as `teacher_NAME`. After a fit the teacher is
     `learn.mt_record.teacher`, a later fit goes on with it, and `teacher_in_place(learn)` puts it in the student's place, to evaluate or export.
-    Raises `ValueError` before any training for other data, MixUp or CutMix, and distributed training."""
+    Raises `ValueError` before any training for other data, MixUp and CutMix."""
     order = -4  # after LPCallback, whose targets are of both views
     _stateattrs = ('_on', '_mets', '_view', '_heads')
 
@@ -102,7 +103,7 @@ class MeanTeacherCallback(FitScoped):
         self.record.teacher = teacher
         self._init_state()
 
-    def _init_state(self): self._on, self._mets, self._view, self._heads = None, [], None, None
+    def _init_state(self): self._on, self._mets, self._view, self._heads, self._world = None, [], None, None, 1
 
     def before_fit(self):
         "Check, then double the batches and make the teacher where there is none"
@@ -111,12 +112,12 @@ class MeanTeacherCallback(FitScoped):
         dl = self.dls.train
         if getattr(dl, 'n', None) == 0: return  # an exported Learner, without data
         if not isinstance(dl, TwoStream):
-            raise ValueError(f"Mean Teacher needs two-stream batches on one device, the training DataLoader is {type(dl).__name__}: make it with semi_dls(dls) or semi_dataloaders")
+            raise ValueError(f"Mean Teacher needs two-stream batches, the training DataLoader is {type(dl).__name__}: make it with semi_dls(dls) or semi_dataloaders")
         if any(isinstance(cb, MixHandler) for cb in self.learn.cbs): raise ValueError("MixUp and CutMix change the student's view and not the teacher's: leave them out with Mean Teacher")
         if hasattr(self.learn, 'lr_finder'): return
         if self.record.teacher is None: self.record = getattr(self.learn, 'mt_record', self.record)
         teacher = self.record.teacher
-        if teacher is None or [p.shape for p in teacher.parameters()] != [p.shape for p in self.learn.model.parameters()]: teacher = self.learn.model
+        if teacher is None or [p.shape for p in teacher.parameters()] != [p.shape for p in self.learn.model.parameters()]: teacher = unwrapped(self.learn.model)
         if teacher is not self.record.teacher or any(p.requires_grad for p in teacher.parameters()): self.record.teacher = _teacher_of(teacher)
         self.record.teacher.to(next(self.learn.model.parameters()).device)
         self.learn.mt_record = self.record
@@ -133,7 +134,16 @@ class MeanTeacherCallback(FitScoped):
         if not self._active: return
         for t, p in zip(self.record.teacher.parameters(), self.learn.model.parameters()):
             if t.stride() != p.stride(): t.data = torch.empty_like(p).copy_(t)  # ChannelsLast has changed the student since the teacher was made
+        self._world = share_batches(self.dls.loaders)[1]
+        self._same_teacher()
         self.record.teacher.train()
+
+    def _same_teacher(self):
+        "One teacher for all processes: the first one's start, and its BatchNorm statistics, each process having other batches"
+        if self._world > 1: level(*self.record.teacher.parameters(), *self.record.teacher.buffers())
+
+    def after_train(self):
+        if self._active: self._same_teacher()
 
     def before_validate(self):
         if not self._active: return
@@ -192,6 +202,7 @@ class MeanTeacherCallback(FitScoped):
         if self._on is None: return
         self.learn.__dict__.pop('_with_events', None)
         self._on.two_views(False)
+        self._on.ranks = 1
         self.learn.metrics = [m for m in self.learn.metrics if not (isinstance(m, ValueMetric) and m.name.startswith('teacher_'))]
         self._init_state()
 

@@ -189,7 +189,7 @@ def check_labels(
     return y, n_classes
 
 # %% ../nbs/02_pseudo.ipynb #dc63c5cc
-def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True, refresh='exact', min_recall=.98):
+def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True, refresh='exact', min_recall=.95):
     "Raise a `ValueError` that names the first setting of `propagate` that cannot be, so that no time is spent before"
     for name, value, ok, expected in (
             ('k', k, k is None or k >= 1, 'None or at least 1 neighbour'),
@@ -300,7 +300,7 @@ def propagate(
     res.seconds, res.graph = dict(graph=built, **res.seconds), found
     return res
 
-# %% ../nbs/02_pseudo.ipynb #dbe90131
+# %% ../nbs/02_pseudo.ipynb #5dcbf5f2
 def peak_memory(
     n:int, # items
     d:int, # numbers per descriptor

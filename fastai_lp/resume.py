@@ -20,6 +20,7 @@ from fastai.torch_core import get_random_states, set_random_states
 
 from .callback import FitScoped, LPCallback
 from .data import TwoStream
+from .distributed import of_all, place, unwrapped
 from .graph import csr
 from .mean_teacher import MeanTeacherCallback
 from .pseudo import PseudoLabels
@@ -97,7 +98,8 @@ class ResumeCallback(FitScoped):
     `LPCallback`, the teacher of `MeanTeacherCallback`, Recorder's figures, and the best value of fastai's trackers. The epochs
     done before appear in fastai's table as they were. A fit that is resumed must be the same fit: same data, model and number
     of epochs, else a `ValueError` says what differs, and nothing is changed. A fit that was complete is not trained again.
-    An own callback with a state of its own is not in the file."""
+    An own callback with a state of its own is not in the file. With several processes the first one writes it, with the random
+    numbers of all, and all must see it; there must be as many of them again."""
     order = 95  # after all that belongs to an epoch
 
     def __init__(self,
@@ -117,31 +119,34 @@ class ResumeCallback(FitScoped):
     def before_fit(self):
         if self._inference or hasattr(self.learn, 'lr_finder'): return
         self.restore()
-        if not self.fname.exists(): return
-        s = torch.load(self.fname, map_location='cpu', weights_only=True)
+        rank, world = place(self.dls.train)
+        s = torch.load(self.fname, map_location='cpu', weights_only=True) if self.fname.exists() else None
+        if world > 1 and len(set(of_all(s and s['epoch']))) > 1: raise ValueError(f"not all processes see the same file {self.fname}: name a path that all machines share")
+        if s is None: return
         self._check(s)
         self._done, self._saved = s['epoch'], s
-        self.learn.model.load_state_dict(s['model'])
+        unwrapped(self.learn.model).load_state_dict(s['model'])
         _set_optimizer_state(self.learn.opt, s['opt'])
         for cb, o in zip(self._of(LPCallback), s['lp']):
             cb.record.history = o['history']
             if o['pseudo']: cb.record.pseudo, cb._data = _unpack(o['pseudo']).to(cb._fit.y.device), cb._fit.dl.dataset
             cb.record.truth = cb._fit.truth
             if o['labeler']: cb.labeler.load_state_dict(o['labeler'])
-        for cb, o in zip(self._of(MeanTeacherCallback), s['mt']): cb.record.load_state_dict(o, self.learn.model)
+        for cb, o in zip(self._of(MeanTeacherCallback), s['mt']): cb.record.load_state_dict(o, unwrapped(self.learn.model))
         if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])
         self.learn.train_iter = s['train_iter']
         for cb in self._of(TrackerCallback): cb.run = False  # they have seen these epochs
-        print(f"{self.fname}: {self._done} of {self.n_epoch} epochs are done")
+        if rank == 0: print(f"{self.fname}: {self._done} of {self.n_epoch} epochs are done")
 
     def _fit_of(self):
         "What must be the same for a run to go on"
-        return dict(epochs=self.n_epoch, **_data_of(self.learn.dls), callbacks=[len(self._of(LPCallback)), len(self._of(MeanTeacherCallback))],
-                    settings=self.settings, parameters={k: list(v.shape) for k, v in self.learn.model.state_dict().items()})
+        world = place(self.dls.train)[1]
+        return dict(epochs=self.n_epoch, **({} if world == 1 else dict(processes=world)), **_data_of(self.learn.dls), callbacks=[len(self._of(LPCallback)), len(self._of(MeanTeacherCallback))],
+                    settings=self.settings, parameters={k: list(v.shape) for k, v in unwrapped(self.learn.model).state_dict().items()})
 
     def _check(self, s):
         now = self._fit_of()
-        wrong = [k for k, v in now.items() if s['fit'][k] != v]
+        wrong = [k for k in {**s['fit'], **now} if s['fit'].get(k) != now.get(k)]
         if not wrong: return
         there, now = ({**{k: v for k, v in o.items() if k != 'settings'}, **o['settings']} for o in (s['fit'], now))
         what = 'parameters' if 'parameters' in wrong else ', '.join(f'{k} {there.get(k)} there, {now.get(k)} here' for k in {**there, **now} if there.get(k) != now.get(k))
@@ -162,7 +167,8 @@ class ResumeCallback(FitScoped):
         for cb, o in zip(self._of(TrackerCallback), s['trackers']):
             vars(cb).update(o)
             cb.run = True
-        _set_random_state(self.learn.dls, s['random'])
+        rank, world = place(self.dls.train)
+        _set_random_state(self.learn.dls, s['random'] if world == 1 else s['random'][rank])
         self._saved = None
 
     def after_epoch(self):
@@ -172,9 +178,11 @@ class ResumeCallback(FitScoped):
             if done == self.n_epoch: self._take_up()  # nothing is left to train
             return
         if done % self.every and done < self.n_epoch: return
-        rec = self.recorder
+        (rank, world), random, rec = place(self.dls.train), _random_state(self.learn.dls), self.recorder
+        if world > 1: random = of_all(random)
+        if rank: return
         state = dict(
-            epoch=done, train_iter=self.train_iter, model=self.learn.model.state_dict(), opt=_optimizer_state(self.learn.opt),
+            epoch=done, train_iter=self.train_iter, model=unwrapped(self.learn.model).state_dict(), opt=_optimizer_state(self.learn.opt),
             fit=self._fit_of(),
             lp=[dict(history=cb.record.history, pseudo=_pack(cb.record.pseudo) if cb.record.pseudo else None,
                      labeler=cb.labeler.state_dict() if hasattr(cb.labeler, 'state_dict') else None) for cb in self._of(LPCallback)],
@@ -183,7 +191,7 @@ class ResumeCallback(FitScoped):
             trackers=[dict(best=_number(cb.best), **({'wait': cb.wait} if hasattr(cb, 'wait') else {})) for cb in self._of(TrackerCallback)],
             recorder=dict(lrs=[float(o) for o in rec.lrs], iters=list(rec.iters), losses=torch.tensor([float(o) for o in rec.losses]),
                           values=[[_number(o) for o in row] for row in rec.values], count=rec.smooth_loss.count, val=rec.smooth_loss.val.cpu()),
-            random=_random_state(self.learn.dls))
+            random=random)
         tmp = self.fname.with_name(f'{self.fname.name}.{os.getpid()}.tmp')
         self.fname.parent.mkdir(parents=True, exist_ok=True)
         try:
