@@ -14,13 +14,14 @@ Peers, all in one run with ours, turn about; ratios are per repeat (peer/ours, f
              torch_csr: the same block CG as ours, in float32, with torch's sparse CSR product
   step       authors: FAISS flat, the SciPy assembly, cg class by class, ω by scipy.stats.entropy; LabelSpreading of scikit-learn (knn
              kernel, same k, α, 20 iterations), once from 50,000 items on and not at all beyond 100,000
-`agreement` compares with the same 20 iterations in float64 on the same graph. `--memory` adds the peak memory of `propagate` alone, in a
+`bound` is what the machine could do at most, see `bounds`. `agreement` compares with the same 20 iterations in float64 on the same graph. `--memory` adds the peak memory of `propagate` alone, in a
 process of its own. Each (n, c) is a row of results/step.json, which `--save` merges into: parts not measured this time are kept."""
 import argparse
+import gc
 import json
 import os
 import platform
-import resource
+import re
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -40,7 +41,7 @@ from sklearn.semi_supervised import LabelSpreading
 
 from fastai_lp.diffusion import diffuse
 from fastai_lp.graph import affinity, knn, normalize
-from fastai_lp.pseudo import propagate, seed_matrix
+from fastai_lp.pseudo import peak_memory, propagate, seed_matrix
 
 GAMMA, ALPHA, ITERS, TOL = 3, .99, 20, 1e-6
 NOISE = {10: 2.6, 100: 2., 1000: 1.5}
@@ -49,15 +50,17 @@ WANTED = { # of issue 5: (n, c) or None for any: at least, or for knn at most
     ('diffusion', 'authors', (200_000, 10)): 10, ('step', 'authors', (50_000, 100)): 2.2, ('step', 'LabelSpreading', (50_000, 100)): 3}
 
 
-def items(n, d, c, noise, seed=0, modes=3, chunk=50_000):
-    "(features [n, d], truth [n], labels [n], −1 where unlabeled)"
-    g = torch.Generator().manual_seed(seed)
-    truth, dirs = torch.randint(c, (n,), generator=g), F.normalize(torch.randn(c, modes, d, generator=g), dim=2)
+def items(n, d, c, noise, seed=0, modes=3, chunk=50_000, intrinsic=None):
+    "(features [n, d], truth [n], labels [n], −1 where unlabeled); `intrinsic`: dimensions of the space in which all lie, None: d"
+    g, m = torch.Generator().manual_seed(seed), intrinsic or d
+    truth, dirs = torch.randint(c, (n,), generator=g), F.normalize(torch.randn(c, modes, m, generator=g), dim=2)
+    frame = None if intrinsic is None else torch.linalg.qr(torch.randn(d, m, generator=g))[0].T
     x = torch.empty(n, d)
     for a in range(0, n, chunk):
         t = truth[a:a+chunk]
         w = F.normalize(torch.rand(len(t), modes, generator=g))
-        x[a:a+chunk] = F.normalize(torch.einsum('nm,nmd->nd', w, dirs[t]) + noise*torch.randn(len(t), d, generator=g)/d**.5)
+        low = F.normalize(torch.einsum('nm,nmd->nd', w, dirs[t]) + noise*torch.randn(len(t), m, generator=g)/m**.5)
+        x[a:a+chunk] = low if frame is None else low @ frame
     y = torch.full((n,), -1)
     for j in range(c): y[(truth == j).nonzero()[:5 if c >= 1000 else 10, 0]] = j
     return x, truth, y
@@ -146,6 +149,22 @@ def race(repeats, once=(), **fns):
                 ratios=ratio, repeats={o: len(t) for o, t in times.items()}), res
 
 
+def bounds(n, d, nnz, c):
+    "What this machine could do at most, measured here: inner products at the rate of a bare matrix product, rows of the scores gathered at the rate of a bare index_select"
+    a, b = torch.randn(4096, d), torch.randn(d, 8192)
+    x, where = torch.randn(min(n, 200_000), min(c, 32)), torch.randint(min(n, 200_000), (2_000_000,))
+    rate, bandwidth = [], []
+    for _ in range(7):
+        start = time.perf_counter()
+        a @ b
+        rate.append(2*4096*8192*d/(time.perf_counter()-start)/1e9)
+        start = time.perf_counter()
+        x.index_select(0, where)
+        bandwidth.append(2*4*len(where)*x.shape[1]/(time.perf_counter()-start)/1e9)
+    rate, bandwidth = median(rate), median(bandwidth)
+    return dict(sgemm_gflops=rate, gather_gb_per_s=bandwidth, knn=2*n*n*d/rate/1e9, diffusion=ITERS*nnz*4*c/bandwidth/1e9)
+
+
 def sp_csr(S): return sp.csr_matrix((S.values().numpy(), S.col_indices().numpy(), S.crow_indices().numpy()), shape=S.shape)
 
 
@@ -186,6 +205,7 @@ def measure(n, d, k, c, noise, parts, repeats, kw):
         row['agreement'] = dict(argmax=float((ours.labels.numpy() == labels)[free].mean()), omega=float(abs(ours.certainty.numpy() - omega)[free].max()),
                                 reached=float(free.sum()/(y < 0).sum()), reached_differs=int((ours.reached.numpy() != (Z > 0).any(1))[y < 0].sum()),
                                 omega_raw_max=float(weigh(Z, False)[1].max()))
+    if 'nnz' in row: row['bound'] = bounds(n, d, row['nnz'], c)
     if 'step' in parts:
         peers = dict(authors=lambda: authors_step(v, Y.numpy(), k)[0])
         if n <= 100_000: peers['LabelSpreading'] = lambda: label_spreading(v, y.numpy(), k)
@@ -195,13 +215,16 @@ def measure(n, d, k, c, noise, parts, repeats, kw):
     return row
 
 
-def memory(n, d, k, c, noise, kw):
-    "Peak memory of this process, in GB, before and after `propagate`; the features are there before"
-    def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024/1e9
-    x, truth, y = items(n, d, c, noise)
-    before, start = peak(), time.perf_counter()
+def memory(n, d, k, c, noise, kw, intrinsic=None):
+    "Memory of this process, in GB: before `propagate`, with the features, and the peak within it. Linux counts it from a mark on"
+    def resident(what): return int(re.search(rf'{what}:\s*(\d+)', Path('/proc/self/status').read_text()).group(1))*1024/1e9
+    x, truth, y = items(n, d, c, noise, intrinsic=intrinsic)
+    gc.collect()
+    Path('/proc/self/clear_refs').write_text('5')
+    before, start = resident('VmRSS'), time.perf_counter()
     res = propagate(x, y, c, k=k, **kw)
-    return dict(before=before, peak=peak(), seconds=time.perf_counter()-start, stages=res.seconds, accuracy=res.accuracy(truth), settings=kw)
+    return dict(before=before, peak=resident('VmHWM'), formula=peak_memory(n, d, c, k, **{o: kw[o] for o in ('keep_Z', 'index') if o in kw})/1e9, features=4*n*d/1e9, seconds=time.perf_counter()-start, stages=res.seconds,
+                accuracy=res.accuracy(truth), graph=res.graph, edges=None if res.W is None else len(res.W.values()), intrinsic=intrinsic, settings=kw)
 
 
 def show(row):
@@ -220,8 +243,9 @@ def show(row):
     if 'step' in row:
         print('stages     ' + ', '.join(f'{o} {t:.3f} s' for o, t in row['step']['stages'].items()))
         print('accuracy   ' + ', '.join(f'{o} {100*a:.2f} %' for o, a in row['step']['accuracy'].items()))
+    if 'bound' in row: print("bound      neighbours {knn:.3f} s ({sgemm_gflops:.0f} GFlop/s), diffusion {diffusion:.3f} s ({gather_gb_per_s:.1f} GB/s gathered)".format(**row['bound']))
     if 'agreement' in row: print("float64    argmax {argmax:.6f} (wanted ≥ .9999), |Δω| {omega:.1e} (wanted ≤ 1e-5), reached {reached:.4f}, largest ω before its normalisation {omega_raw_max:.4f}".format(**row['agreement']))
-    if 'memory' in row: print("memory     peak {peak:.2f} GB, {before:.2f} before, {seconds:.1f} s, accuracy {accuracy:.4f}, {settings}".format(**row['memory']))
+    if 'memory' in row: print("memory     peak {peak:.2f} GB, {before:.2f} before with features of {features:.2f}; formula {formula:.2f}; {seconds:.1f} s, accuracy {accuracy:.4f}, {graph}, {settings}, in {intrinsic} dimensions".format(**row['memory']))
 
 
 def machine():
@@ -240,7 +264,7 @@ def main(args):
         noise = args.noise or NOISE.get(c, 2.)
         row, load = dict(n=args.n, d=args.d, k=args.k, c=c, noise=noise), os.getloadavg()[0]  # a busy machine spoils the times
         if args.memory:  # first: a child starts with the peak of its parent
-            with ProcessPoolExecutor(1, get_context('spawn')) as pool: row['memory'] = pool.submit(memory, args.n, args.d, args.k, c, noise, kw).result()
+            with ProcessPoolExecutor(1, get_context('spawn')) as pool: row['memory'] = pool.submit(memory, args.n, args.d, args.k, c, noise, kw, args.intrinsic).result()
         if args.parts: row.update(measure(args.n, args.d, args.k, c, noise, args.parts, args.repeats, kw))
         show(row)
         if not args.save: continue
@@ -263,6 +287,7 @@ if __name__ == '__main__':
     parser.add_argument('--parts', nargs='*', choices=parts, default=parts)
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--memory', action='store_true', help='peak memory of propagate, in a process of its own')
+    parser.add_argument('--intrinsic', type=int, help='for --memory: dimensions of the space in which all items lie; default d')
     parser.add_argument('--index', help='for propagate: a FAISS factory string')
     parser.add_argument('--drop-Z', action='store_true', help='propagate(keep_Z=False)')
     parser.add_argument('--save', action='store_true')

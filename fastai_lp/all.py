@@ -1,5 +1,6 @@
 "`from fastai_lp.all import *`, after `from fastai.vision.all import *`: all that a notebook needs. Written by hand."
 from fastai_lp.search import *
+from fastai_lp.warm import *
 from fastai_lp.graph import *
 from fastai_lp.diffusion import *
 from fastai_lp.pseudo import *

@@ -26,6 +26,7 @@ from .features import extract_features, find_classifier, find_descriptor
 from .labelers import Diffusion
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .pseudo import advice, check_labels
+from .search import reporting
 
 # %% ../nbs/13_callback.ipynb #123dd0f7
 class LPRecord(Stateful):
@@ -191,11 +192,11 @@ class LPCallback(FitScoped):
             extracted = time.perf_counter()
             if found.logits.shape[1] != self.dls.c:
                 raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")
-            with _stage(f'pseudo-labels of {len(fit.y):,} items', **bar): pseudo = self.labeler(found.feats, found.logits, fit.y)
+            with _bars(**bar): pseudo = self.labeler(found.feats, found.logits, fit.y)
         if fit.world > 1: pseudo = replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k != 'W'})  # the graph is of gathered neighbours
         row = dict(epoch=fit.epoch, accuracy=None, network_accuracy=None, certainty=pseudo.certainty[~pseudo.labeled].mean().item(),
                    reached=pseudo.reached.float().mean().item(), residual=pseudo.residual, n_iter=pseudo.n_iter,
-                   sec=time.perf_counter()-start, seconds=dict(features=extracted-start, **pseudo.seconds))
+                   sec=time.perf_counter()-start, seconds=dict(features=extracted-start, **pseudo.seconds), **pseudo.graph)
         if fit.truth is not None:
             asked = (fit.y < 0) & (fit.truth >= 0)
             row.update(accuracy=pseudo.accuracy(fit.truth), network_accuracy=(found.logits.argmax(1) == fit.truth)[asked].float().mean().item())
@@ -278,14 +279,16 @@ class LPCallback(FitScoped):
 
 # %% ../nbs/13_callback.ipynb #f809e5d4
 @contextmanager
-def _stage(comment, parent, show):
-    "A bar of a single step, for work that reports no progress of its own"
-    if show:
-        bar = progress_bar(range(1), parent=parent, leave=False)
-        bar.comment = comment
-        bar.update(0)
-    yield
-    if show: bar.update(1)
+def _bars(parent, show):
+    "A bar for each stage of the pseudo-labels, under `parent`"
+    bars = {}
+    def report(what, done, total):
+        if (what, total) not in bars:
+            bars[what, total] = bar = progress_bar(range(total), parent=parent, leave=False)
+            bar.comment = what
+            bar.update(0)
+        bars[what, total].update(done)
+    with reporting(report if show else None): yield
 
 
 class _Fit:

@@ -11,18 +11,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .search import blocks
+
 # %% ../nbs/01_diffusion.ipynb #e90b66fe
 def spmm(
     S:torch.Tensor, # [n, n] sparse CSR
     X:torch.Tensor, # [n, c] dense
-    block:int=32, # columns per pass on a CPU
 )->torch.Tensor: # [n, c]
     "S @ X, on a CPU through `embedding_bag`"
     if X.device.type != 'cpu': return S @ X
-    def one(x): return F.embedding_bag(S.col_indices(), x, S.crow_indices(), mode='sum', per_sample_weights=S.values(),
-                                       include_last_offset=True)
-    if X.shape[1] <= block: return one(X.contiguous())
-    return torch.cat([one(x.contiguous()) for x in X.split(block, 1)], 1)
+    return F.embedding_bag(S.col_indices(), X.contiguous(), S.crow_indices(), mode='sum', per_sample_weights=S.values(), include_last_offset=True)
 
 # %% ../nbs/01_diffusion.ipynb #21fbebc8
 class Diffused(NamedTuple):
@@ -46,28 +44,35 @@ def diffuse(
     Raises `ValueError` for α outside [0, 1) and for shapes that do not fit."""
     if not 0 <= alpha < 1: raise ValueError(f"alpha={alpha}: expected 0 <= alpha < 1, or I − αS is not positive definite")
     if Y.ndim != 2 or len(Y) != len(S): raise ValueError(f"Y has shape {tuple(Y.shape)}: expected one row for each of the graph's {len(S)} items")
-    def A(x): return x - alpha*spmm(S, x)
-    Z = torch.zeros_like(Y) if x0 is None else x0.to(Y, copy=True)
-    r = Y.clone() if x0 is None else Y - A(Z)
-    p, rr = r.clone(), (r*r).sum(0)
-    norm2 = (Y*Y).sum(0)
-    n_iter = _cg(A, Z, r, p, rr, tol**2*norm2, max_iter, ask=Y.device.type == 'cpu')
-    r = Y - A(Z)
-    residual = torch.where(norm2 > 0, (r*r).sum(0)/norm2, 0).sqrt()
+    Z, n_iter, residual = torch.empty_like(Y), 0, Y.new_empty(Y.shape[1])
+    block = min(32, Y.shape[1]) if Y.device.type == 'cpu' else Y.shape[1]  # columns whose whole course stays in a CPU's cache
+    for a, b in blocks(Y.shape[1], max(block, 1), 'diffusion'):
+        Z[:, a:b], some, residual[a:b] = _solve(S, Y[:, a:b].contiguous(), alpha, max_iter, tol, None if x0 is None else x0[:, a:b].to(Y))
+        n_iter = max(n_iter, some)
     return Diffused(Z, n_iter, residual)
 
 
-def _cg(A, Z, r, p, rr, enough, max_iter, ask):
+def _solve(S, Y, alpha, max_iter, tol, x0):
+    def A(x): return torch.sub(x, Sx := spmm(S, x), alpha=alpha, out=Sx)
+    Z = torch.zeros_like(Y) if x0 is None else x0.clone(memory_format=torch.contiguous_format)
+    r = Y.clone() if x0 is None else Y - A(Z)
+    norm2 = (Y*Y).sum(0)
+    n_iter = _cg(A, Z, r, tol**2*norm2, max_iter, ask=Y.device.type == 'cpu')
+    r = Y - A(Z)
+    return Z, n_iter, torch.where(norm2 > 0, (r*r).sum(0)/norm2, 0).sqrt()
+
+
+def _cg(A, Z, r, enough, max_iter, ask):
     "Improves Z in place; the number of iterations that changed it. A GPU is not asked (`ask`) after each whether it was the last: to wait for the answer costs more than to go on"
-    n_iter = 0
+    n_iter, p, rr = 0, r.clone(), (r*r).sum(0)
     for _ in range(max_iter):
         some = (active := rr > enough).any()
         if ask and not some: break
         Ap = A(p)
         step = torch.where(active, rr/(p*Ap).sum(0), 0)  # a class that has converged stands still
-        Z += step*p
-        r -= step*Ap
+        Z.addcmul_(p, step)
+        r.addcmul_(Ap, step, value=-1)
         rr, old = (r*r).sum(0), rr
-        p = r + torch.where(active, rr/old, 0)*p
+        p.mul_(torch.where(active, rr/old, 0)).add_(r)
         n_iter = n_iter + some
     return int(n_iter)

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from .search import as_rows, default_k, knn, rows_not_finite
 
-# %% ../nbs/00_graph.ipynb #fbc52bac
+# %% ../nbs/00_graph.ipynb #faf2c1c6
 _all_ = ['as_rows', 'default_k', 'knn', 'rows_not_finite']
 
 # %% ../nbs/00_graph.ipynb #85028e55
@@ -73,8 +73,9 @@ def affinity(
     if not gamma > 0: raise ValueError(f"gamma={gamma}: expected an exponent above 0 (the paper uses 3)")
     own = torch.arange(len(idxs), device=idxs.device)[:, None]
     edge = (idxs >= 0) & (idxs != own) & (sims > 0)
-    a = torch.where(edge, sims, 0)**gamma
-    return (_plus_transpose if a.device.type == 'cpu' else _plus_transpose_by_keys)(a, torch.where(edge, idxs, own))
+    a = torch.where(edge, sims, 0).pow_(gamma)
+    if a.device.type != 'cpu': return _plus_transpose_by_keys(a, idxs)
+    return _plus_transpose(a, torch.where(edge, idxs.to(_small(idxs.numel())), own.to(_small(idxs.numel()))))
 
 # %% ../nbs/00_graph.ipynb #c4c8b299
 def normalize(

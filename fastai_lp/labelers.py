@@ -14,15 +14,37 @@ import torch
 import torch.nn.functional as F
 
 from .diffusion import spmm
-from .graph import affinity, as_rows, csr, knn
-from .pseudo import PseudoLabels, check_labels, check_settings, from_scores, propagate
+from .search import as_rows
+from .warm import Neighbors
+from .graph import csr
+from .pseudo import PseudoLabels, build_graph, check_labels, check_settings, from_scores, propagate
 
 # %% ../nbs/03_labelers.ipynb #555873ef
 class _Labeler:
     "Settings are checked when a labeler is made; its weights can be switched off"
-    def __post_init__(self): check_settings(**self._settings())
+    def __post_init__(self):
+        check_settings(**self._settings())
+        if getattr(self, 'warm_start', False) and not self.keep_Z: raise ValueError("warm_start=True starts from the last scores, which keep_Z=False does not keep: choose one")
+        self.forget()
 
-    def _settings(self): return {k: v for k, v in asdict(self).items() if k not in ('omega', 'zeta', 'start')}
+    def _settings(self): return {k: v for k, v in asdict(self).items() if k not in ('omega', 'zeta', 'start', 'warm_start')}
+
+    def forget(self):
+        "As new: nothing of an earlier call is used in the next"
+        self._neighbors, self._Z = Neighbors(getattr(self, 'refresh', 'exact'), getattr(self, 'min_recall', .98)), None
+
+    def state_dict(self)->dict: # tensors and numbers
+        "What the next call depends on beside its arguments"
+        return dict(neighbors=self._neighbors.state_dict(), Z=self._Z)
+
+    def load_state_dict(self, state):
+        self._neighbors.load_state_dict(state['neighbors'])
+        self._Z = state['Z']
+
+    def __getstate__(self): return {k: v for k, v in vars(self).items() if not k.startswith('_')}  # an exported Learner does without
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.forget()
 
     def _weigh(self, pseudo):
         if not self.omega: pseudo.certainty = pseudo.reached.float()
@@ -33,7 +55,7 @@ class _Labeler:
 @dataclass
 class Diffusion(_Labeler):
     "Pseudo-labels by diffusion of the labels over the graph of the descriptors: the paper's method"
-    k:int=None # neighbours per item; None: `graph.default_k(n)`
+    k:int=None # neighbours per item; None: `search.default_k(n)`
     gamma:float=3. # exponent of the similarities (the paper's 3)
     alpha:float=.99 # how far labels spread (the paper's .99)
     max_iter:int=20 # CG iterations at most (the paper's 20)
@@ -41,11 +63,14 @@ class Diffusion(_Labeler):
     seeds:str='class_size' # see `pseudo.seed_matrix`
     omega_norm:str='all' # see `pseudo.from_scores`
     zeta_norm:str='items' # see `pseudo.class_weights`
-    backend:str='auto' # see `graph.knn`
-    index:str='auto' # see `graph.knn`
+    backend:str='auto' # see `search.knn`
+    index:str='auto' # see `search.knn`
     omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
     keep_Z:bool=True # keep all scores; False: see `pseudo.spread`. The warning of collapsed certainty needs them
+    refresh:str='exact' # compare all items in every call, or, with 'auto', only with what an earlier one found where that will do; see `warm.Neighbors`
+    min_recall:float=.98 # with 'auto': when it will do
+    warm_start:bool=False # start CG from the last scores rather than from zero: nearer to the solution after the same iterations, but no longer the paper's early stopping
 
     def __call__(self,
         feats:torch.Tensor, # [n, d] descriptors
@@ -53,7 +78,11 @@ class Diffusion(_Labeler):
         y:torch.Tensor, # int [n], below 0 where unlabeled
     )->PseudoLabels:
         "`pseudo.propagate` with this strategy's settings"
-        return self._weigh(propagate(feats, y, logits.shape[1], **self._settings()))
+        settings = {k: v for k, v in self._settings().items() if k not in ('refresh', 'min_recall')}
+        x0 = self._Z if self._Z is not None and self._Z.shape == (len(y), logits.shape[1]) else None
+        res = propagate(feats, y, logits.shape[1], neighbors=self._neighbors, x0=x0, **settings)
+        if self.warm_start: self._Z = res.Z
+        return self._weigh(res)
 
 # %% ../nbs/03_labelers.ipynb #b04001f7
 @dataclass
@@ -112,15 +141,15 @@ class GTG(_Labeler):
     """Pseudo-labels by a graph transduction game (Erdem and Pelillo 2012), the paper's Table 1's alternative to diffusion.
 
     The graph is that of `Diffusion`; ω (Eq. 11) and ζ come from the distributions at which the game ends. The paper leaves start and stopping open."""
-    k:int=None # neighbours per item; None: `graph.default_k(n)`
+    k:int=None # neighbours per item; None: `search.default_k(n)`
     gamma:float=3. # exponent of the similarities (the paper's 3)
     start:str='uniform' # unlabeled items start with all classes equal ('uniform') or with the softmax of their logits ('network')
     max_iter:int=100 # steps at most; on digits the game ends after about 20
     tol:float=1e-3 # the game ends when no more than this share of its probability moves in a step, as a mean over items
     omega_norm:str='all' # see `pseudo.from_scores`
     zeta_norm:str='items' # see `pseudo.class_weights`
-    backend:str='auto' # see `graph.knn`
-    index:str='auto' # see `graph.knn`
+    backend:str='auto' # see `search.knn`
+    index:str='auto' # see `search.knn`
     omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
 
@@ -138,11 +167,11 @@ class GTG(_Labeler):
         y, _ = check_labels(y, c)
         if len(y) != len(x): raise ValueError(f"{len(y)} labels for {len(x)} rows of features: expected one each, below 0 where unlabeled")
         y, begin = y.to(x.device), time.perf_counter()
-        W = affinity(*knn(F.normalize(x), self.k, self.backend, self.index), self.gamma)
+        W, found = build_graph(x, self.k, self.gamma, self.backend, self.index, self._neighbors)
         built = time.perf_counter()
         P = logits.detach().to(x).softmax(1) if self.start == 'network' else x.new_full((len(x), c), 1/c)
         labeled = y >= 0
         game = replicator(W, torch.where(labeled[:, None], F.one_hot(y.clamp(min=0), c).to(P), P), labeled, self.max_iter, self.tol)
-        res = from_scores(game.P*game.reached[:, None], y, self.omega_norm, self.zeta_norm, W=W, n_iter=game.n_iter, residual=game.change)
+        res = from_scores(game.P*game.reached[:, None], y, self.omega_norm, self.zeta_norm, W=W, n_iter=game.n_iter, residual=game.change, graph=found)
         res.seconds = dict(graph=built-begin, diffusion=time.perf_counter()-built)
         return self._weigh(res)

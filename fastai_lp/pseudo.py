@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['certainty', 'class_weights', 'PseudoLabels', 'from_scores', 'check_labels', 'check_settings', 'seed_matrix', 'spread',
-           'propagate', 'advice']
+           'build_graph', 'propagate', 'peak_memory', 'advice']
 
 # %% ../nbs/02_pseudo.ipynb #4e06fc14
 import math
@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.meta import delegates
 
-from .graph import affinity, as_rows, csr, knn, normalize
+from .search import as_rows, blocks, default_k, index_for, reporting, unit_rows
+from .warm import Neighbors
+from .graph import affinity, csr, normalize
 from .diffusion import diffuse
 
 # %% ../nbs/02_pseudo.ipynb #7ccead1f
@@ -60,6 +62,7 @@ class PseudoLabels:
     W:torch.Tensor=None # float32 [n, n] sparse CSR: the graph they spread over; None where there was none
     n_iter:int=0 # iterations of the solver
     residual:float=0. # largest relative residual over classes
+    graph:dict=field(default_factory=dict) # what is known of the search for neighbours, see `warm.Neighbors.info`; empty where there was none
     seconds:dict=field(default_factory=dict) # wall-clock time per stage
 
     @property
@@ -91,8 +94,8 @@ class PseudoLabels:
     )->Path:
         "Save as .npz, without pickle"
         fname = Path(fname)
-        d = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items() if k not in ('seconds', 'W') and v is not None}
-        d.update({f'seconds_{k}': v for k, v in self.seconds.items()}, **more)
+        d = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items() if k not in ('seconds', 'graph', 'W') and v is not None}
+        d.update({f'{o}_{k}': v for o in ('seconds', 'graph') for k, v in getattr(self, o).items()}, **more)
         if self.W is not None: d.update(W=self.W.values().cpu().numpy(), W_crow=self.W.crow_indices().cpu().numpy(), W_col=self.W.col_indices().int().cpu().numpy())
         tmp = fname.with_name(f'{fname.name}.{os.getpid()}.tmp')
         try:
@@ -110,11 +113,11 @@ class PseudoLabels:
         "Load what `save` wrote; nothing in the file is executed"
         with np.load(fname, allow_pickle=False) as f:
             d = {o.name: f[o.name] for o in fields(cls) if o.name in f}
-            seconds = {k.removeprefix('seconds_'): f[k].item() for k in f if k.startswith('seconds_')}
+            seconds, graph = ({k.removeprefix(o): f[k].item() for k in f if k.startswith(o)} for o in ('seconds_', 'graph_'))
             W = [f[k].astype(np.int64) for k in ('W_crow', 'W_col') if k in f]
         d = {k: torch.from_numpy(v) if v.ndim else v.item() for k, v in d.items()}
         if 'W' in d: d['W'] = csr(*(torch.from_numpy(o) for o in W), d['W'], len(d['labels']))
-        return cls(**d, seconds=seconds)
+        return cls(**d, seconds=seconds, graph=graph)
 
 # %% ../nbs/02_pseudo.ipynb #2a7ec515
 def from_scores(
@@ -186,7 +189,7 @@ def check_labels(
     return y, n_classes
 
 # %% ../nbs/02_pseudo.ipynb #dc63c5cc
-def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True):
+def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True, refresh='exact', min_recall=.98):
     "Raise a `ValueError` that names the first setting of `propagate` that cannot be, so that no time is spent before"
     for name, value, ok, expected in (
             ('k', k, k is None or k >= 1, 'None or at least 1 neighbour'),
@@ -197,7 +200,9 @@ def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='cl
             ('seeds', seeds, seeds in ('class_size', 'raw'), "'class_size' or 'raw'"),
             ('omega_norm', omega_norm, omega_norm in ('all', 'unlabeled', None), "'all', 'unlabeled' or None"),
             ('zeta_norm', zeta_norm, zeta_norm in ('items', 'classes'), "'items' or 'classes'"),
-            ('backend', backend, backend in ('auto', 'faiss', 'torch'), "'auto', 'faiss' or 'torch'")):
+            ('backend', backend, backend in ('auto', 'faiss', 'torch'), "'auto', 'faiss' or 'torch'"),
+            ('refresh', refresh, refresh in ('exact', 'auto'), "'exact' or 'auto'"),
+            ('min_recall', min_recall, 0 < min_recall <= 1, 'a share above 0, 1 at most')):
         if not ok: raise ValueError(f"{name}={value!r}: expected {expected}")
 
 # %% ../nbs/02_pseudo.ipynb #ee70ccd4
@@ -229,6 +234,7 @@ def spread(
     omega_norm:str='all', # see `from_scores`
     zeta_norm:str='items', # see `class_weights`
     keep_Z:bool=True, # False: the scores are made and used up block by block of classes, and `Z` of the result is None; for large n × c
+    x0=None, # [n, c] where CG starts, such as an earlier `Z`; None: from zero, as the paper
 )->PseudoLabels: # its tensors are on the device of `W`
     """Diffusion (Eq. 10), pseudo-labels (Eq. 7), ω (Eq. 11) and ζ on a graph that exists already.
 
@@ -239,12 +245,12 @@ def spread(
     y, start = y.to(W.device), time.perf_counter()
     S, _ = normalize(W)
     if keep_Z:
-        Z, n_iter, residual = diffuse(S, seed_matrix(y, n_classes, seeds), alpha, max_iter, tol)
+        Z, n_iter, residual = diffuse(S, seed_matrix(y, n_classes, seeds), alpha, max_iter, tol, x0)
         res = from_scores(Z, y, omega_norm, zeta_norm, W=W, n_iter=n_iter, residual=residual.max().item())
     else:
         rows, runs = _Rows(len(y), W.device), []
-        for first in range(0, n_classes, 64):  # columns do not know of each other: the same Z, 64 at a time
-            Z, *run = diffuse(S, _seed_columns(y, first, min(first+64, n_classes), seeds), alpha, max_iter, tol)
+        for first, stop in blocks(n_classes, 64, 'diffusion'):  # columns do not know of each other: the same Z, 64 at a time
+            with reporting(None): Z, *run = diffuse(S, _seed_columns(y, first, stop, seeds), alpha, max_iter, tol, None if x0 is None else x0[:, first:stop])
             rows.add(Z, first)
             runs.append(run)
         res = _pseudo_labels(rows.top, rows.peak > 0, rows.certainty(n_classes), n_classes, y, omega_norm, zeta_norm, W=W,
@@ -253,37 +259,68 @@ def spread(
     return res
 
 
+def build_graph(
+    x:torch.Tensor, # float32 [n, d], as from `as_rows`; ℓ2-normalised here
+    k:int=None, # neighbours per item; None: `search.default_k(n)`
+    gamma:float=3., # exponent of the similarities (the paper's 3)
+    backend:str='auto', # see `search.knn`
+    index:str='auto', # see `search.knn`
+    neighbors:Neighbors=None, # what remembers the last search; None: nothing does
+)->tuple[torch.Tensor, dict]: # (W [n, n] sparse CSR, what is known of the search)
+    "The graph of Eq. 9 from descriptors"
+    once, neighbors = neighbors is None, neighbors or Neighbors()
+    found = neighbors(unit_rows(x), k, backend, index)
+    if once: neighbors.pool = None
+    return affinity(*found, gamma), neighbors.info()
+
+
 @delegates(spread, but=['W'])
 def propagate(
     x, # [n, d] descriptors, tensor or array; they are ℓ2-normalised here
     y, # int [n], tensor or array: class of each item, below 0 where unlabeled
     n_classes:int=None, # c; None: the largest label and one more
-    k:int=None, # neighbours per item; None: `graph.default_k(n)`
+    k:int=None, # neighbours per item; None: `search.default_k(n)`
     gamma:float=3., # exponent of the similarities (the paper's 3)
-    backend:str='auto', # see `graph.knn`
-    index:str='auto', # see `graph.knn`
+    backend:str='auto', # see `search.knn`
+    index:str='auto', # see `search.knn`
+    neighbors:Neighbors=None, # what remembers the last search, see `warm.Neighbors`; None: nothing does
     **kwargs
 )->PseudoLabels: # its tensors are on the device of `x`
     """Lines 6–15 of the paper's Algorithm 1: graph (Eq. 9), then `spread`: diffusion, pseudo-labels, ω and ζ.
 
     Raises `ValueError` for a class without label, labels out of range, features that are not finite (items named)."""
-    check_settings(k, gamma, backend=backend, **kwargs)
+    check_settings(k, gamma, backend=backend, **{o: v for o, v in kwargs.items() if o != 'x0'})
     x = as_rows(x)
     y, n_classes = check_labels(y, n_classes)
     if len(y) != len(x): raise ValueError(f"{len(y)} labels for {len(x)} rows of features: expected one each, below 0 where unlabeled")
     start = time.perf_counter()
-    W = affinity(*knn(F.normalize(x), k, backend, index), gamma)
-    graph = time.perf_counter() - start
+    W, found = build_graph(x, k, gamma, backend, index, neighbors)
+    built = time.perf_counter() - start
     res = spread(W, y, n_classes, **kwargs)
-    res.seconds = dict(graph=graph, **res.seconds)
+    res.seconds, res.graph = dict(graph=built, **res.seconds), found
     return res
+
+# %% ../nbs/02_pseudo.ipynb #dbe90131
+def peak_memory(
+    n:int, # items
+    d:int, # numbers per descriptor
+    c:int, # classes
+    k:int=None, # neighbours; None: `search.default_k(n)`
+    keep_Z:bool=True, # as given to `propagate`
+    index:str='auto', # as given to `propagate`; one that is not exact holds a copy of the descriptors and, as HNSW32, 64 links per item
+)->int: # bytes
+    "About the most memory that `propagate` takes on a CPU, the descriptors (of length 1 already) included, what Python and its libraries take (0.5 GB) not"
+    k = default_k(n) if k is None else k
+    assembly, scores = 57*n*k, 24*n*k + 16*n*(c if keep_Z else min(c, 64)) + 900*n
+    exact = (index_for(n) if index == 'auto' else index) == 'Flat'
+    return 4*n*d + max(assembly, scores) + (0 if exact else 4*n*d + 270*n)
 
 # %% ../nbs/02_pseudo.ipynb #f58dd748
 def advice(
     pseudo:PseudoLabels, # of a diffusion, or with any other scores as `Z`
     names=None, # class names for the messages
 )->dict: # {what: message}, empty where all is well
-    """What looks wrong with pseudo-labels, and what to do: `certainty`, `class`, `residual`, `reached`.
+    """What looks wrong with pseudo-labels, and what to do: `certainty`, `class`, `residual`, `reached`, `recall`.
 
     Certainty has collapsed where its mean, before the normalisation over items, is below 0.05 (digits: 0.1 and more from the first epoch on;
     noise: 0.006); a class takes over where its share is more than halfway from its share of the labels to everything."""
@@ -302,4 +339,7 @@ def advice(
     if (lost := (free & ~pseudo.reached).sum().item()) > .1*n:
         res['reached'] = (f"no label reaches {lost} of {n} unlabeled items, which train with weight 0: raise k= so that the graph hangs together, raise max_iter=, "
                           "or label items among them (LPInterpretation's suggest finds them)")
+    if (recall := pseudo.graph.get('recall', 1)) < .9:
+        res['recall'] = (f"the approximate search found {recall:.0%} of the nearest neighbours, which costs pseudo-labels: ask for an index that looks further, such as index='HNSW64', "
+                         "or for index='Flat', which misses none")
     return res

@@ -131,6 +131,7 @@ class ResumeCallback(FitScoped):
             cb.record.history = o['history']
             if o['pseudo']: cb.record.pseudo, cb._data = _unpack(o['pseudo']).to(cb._fit.y.device), cb._fit.dl.dataset
             cb.record.truth = cb._fit.truth
+            if o['labeler']: cb.labeler.load_state_dict(o['labeler'])
         for cb, o in zip(self._of(MeanTeacherCallback), s['mt']): cb.record.load_state_dict(o, unwrapped(self.learn.model))
         if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])
         self.learn.train_iter = s['train_iter']
@@ -183,7 +184,8 @@ class ResumeCallback(FitScoped):
         state = dict(
             epoch=done, train_iter=self.train_iter, model=unwrapped(self.learn.model).state_dict(), opt=_optimizer_state(self.learn.opt),
             fit=self._fit_of(),
-            lp=[dict(history=cb.record.history, pseudo=_pack(cb.record.pseudo) if cb.record.pseudo else None) for cb in self._of(LPCallback)],
+            lp=[dict(history=cb.record.history, pseudo=_pack(cb.record.pseudo) if cb.record.pseudo else None,
+                     labeler=cb.labeler.state_dict() if hasattr(cb.labeler, 'state_dict') else None) for cb in self._of(LPCallback)],
             mt=[cb.record.state_dict() for cb in self._of(MeanTeacherCallback)],
             scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else None,
             trackers=[dict(best=_number(cb.best), **({'wait': cb.wait} if hasattr(cb, 'wait') else {})) for cb in self._of(TrackerCallback)],

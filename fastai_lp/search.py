@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXACT_UP_TO', 'default_k', 'rows_not_finite', 'as_rows', 'unit_rows', 'index_for', 'knn', 'knn_recall']
 
-# %% ../nbs/00_search.ipynb #1cafba7c
+# %% ../nbs/00_search.ipynb #35ea4720
 import math
 import warnings
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 import faiss  # after torch: its CUDA 12 libraries must not be loaded before torch's own
 
-# %% ../nbs/00_search.ipynb #f6b3ce58
+# %% ../nbs/00_search.ipynb #c5d7babd
 def default_k(
     n:int, # number of items
 )->int: # number of neighbours
     "The number of neighbours for `n` items: √n/4.5, at least 7 and at most 50 (the paper's k, at its n = 50,000)"
     return min(max(round(math.sqrt(n)/4.5), 7), 50)
 
-# %% ../nbs/00_search.ipynb #8d9ddb01
+# %% ../nbs/00_search.ipynb #6c88a156
 def rows_not_finite(
     x:torch.Tensor, # [n, d]
 )->str: # '3, 77', the first ten and the count of all where there are more; '' where all rows are finite
@@ -54,7 +54,7 @@ def unit_rows(
     if (((norm-1).abs() <= 1e-5) | (norm == 0)).all(): return x
     return x/norm.clamp(min=1e-12)
 
-# %% ../nbs/00_search.ipynb #aac34f0b
+# %% ../nbs/00_search.ipynb #d7fecbb8
 _report, _shares = ContextVar('report', default=None), ContextVar('shares', default=None)
 
 
@@ -108,7 +108,7 @@ def gathered(
     "The rows that the processes have worked on, together"
     return tensors if _shares.get() is None else tuple(map(_shares.get()[2], tensors))
 
-# %% ../nbs/00_search.ipynb #93397e5f
+# %% ../nbs/00_search.ipynb #3747a43b
 def _clamp_k(k, n):
     if n < 2: raise ValueError(f"a graph needs at least 2 items, got {n}")
     if k is None: return min(default_k(n), n-1)
@@ -167,7 +167,26 @@ def _exact_torch(x, k, rows, chunk_bytes):
         sims[a:b], idxs[a:b] = best
     return sims, idxs
 
-# %% ../nbs/00_search.ipynb #1e375d1b
+# %% ../nbs/00_search.ipynb #b799fc0f
+def rescored(
+    x:torch.Tensor, # float32 [n, d]
+    rows:torch.Tensor, # int64 [m], the items
+    candidates:torch.Tensor, # int [m, q]; −1 for a missing one
+)->tuple[torch.Tensor, torch.Tensor]: # (sims [m, q] descending, idxs int64 [m, q])
+    "Inner products of items with candidates of their own, the nearest first"
+    idxs = candidates.long()
+    if x.device.type == 'cpu':
+        index, q, sims = faiss.IndexFlatIP(x.shape[1]), x[rows].contiguous(), torch.empty(idxs.shape)
+        index.add(x.numpy())
+        index.compute_distance_subset(len(q), faiss.swig_ptr(q.numpy()), idxs.shape[1], faiss.swig_ptr(sims.numpy()), faiss.swig_ptr(idxs.numpy()))
+    else:
+        size = max(1, 2**26//(idxs.shape[1]*x.shape[1]))  # 256 MiB of gathered rows
+        sims = torch.cat([torch.bmm(x[i.clamp(min=0)], x[r][:, :, None])[..., 0] for r, i in zip(rows.split(size), idxs.split(size))])
+    sims, order = sims.masked_fill(idxs < 0, -torch.inf).sort(dim=1, descending=True, stable=True)
+    idxs = idxs.gather(1, order)
+    return sims.masked_fill(idxs < 0, 0), idxs
+
+# %% ../nbs/00_search.ipynb #1795caae
 EXACT_UP_TO = dict(cpu=200_000, cuda=2_000_000) # items; about a minute with two cores. The GPU's is by arithmetic: it has not been run
 
 
@@ -175,10 +194,10 @@ def index_for(
     n:int, # number of items
     device='cpu', # where they are
 )->str: # FAISS factory string; 'Flat': exact search
-    "The index that `index='auto'` stands for: exact up to `EXACT_UP_TO`, beyond it a graph walk"
-    return 'Flat' if n <= EXACT_UP_TO['cuda' if torch.device(device).type == 'cuda' else 'cpu'] else 'HNSW16'
+    "The index that `index='auto'` stands for: exact up to `EXACT_UP_TO`, beyond it HNSW, a walk over a graph of its own"
+    return 'Flat' if n <= EXACT_UP_TO['cuda' if torch.device(device).type == 'cuda' else 'cpu'] else 'HNSW32'
 
-# %% ../nbs/00_search.ipynb #6d8370e2
+# %% ../nbs/00_search.ipynb #0ef8f3d3
 def _faiss_index(x, factory, k):
     v, d = x.cpu().numpy(), x.shape[1]
     index = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
@@ -186,7 +205,7 @@ def _faiss_index(x, factory, k):
     try: ivf = faiss.try_extract_index_ivf(index)
     except RuntimeError: ivf = None
     if ivf is not None: ivf.nprobe = max(ivf.nprobe, min(ivf.nlist, 8 + ivf.nlist//32))
-    if hasattr(faiss.downcast_index(index), 'hnsw'): faiss.downcast_index(index).hnsw.efSearch = max(2*k, 64)
+    if hasattr(faiss.downcast_index(index), 'hnsw'): faiss.downcast_index(index).hnsw.efSearch = max(64, 5*k//4)
     if x.device.type == 'cuda' and faiss.get_num_gpus() and ivf is not None:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), x.device.index or 0, index)  # FAISS has cells on a GPU, no graphs
     if not index.is_trained: index.train(v)
@@ -196,9 +215,9 @@ def _faiss_index(x, factory, k):
 
 def _approximate(x, k, rows, factory):
     index = _faiss_index(x, factory, k)
-    return _filled(x, k, rows, lambda q, m: index.search(q.cpu().numpy(), m), 2**12)
+    return rescored(x, rows, _filled(x, k, rows, lambda q, m: index.search(q.cpu().numpy(), m), 2**12)[1])
 
-# %% ../nbs/00_search.ipynb #32b33376
+# %% ../nbs/00_search.ipynb #a458a19d
 def knn(
     x, # [n, d] tensor or array; rows are compared by inner product as they are: ℓ2-normalise them for cosine similarity
     k:int=None, # neighbours per item; None: `default_k(n)`. Not below n: clamped to n−1 with a warning
@@ -228,7 +247,7 @@ def _search(x, k, rows, backend, index, chunk_bytes=2**28):
     if index != 'Flat': return _approximate(x, k, rows, index)
     return _exact_torch(x, k, rows, chunk_bytes) if backend == 'torch' else _exact_faiss(x, k, rows)
 
-# %% ../nbs/00_search.ipynb #bb122f8e
+# %% ../nbs/00_search.ipynb #671207e3
 def knn_recall(
     x:torch.Tensor, # [n, d] as it was searched
     sims:torch.Tensor, # [n, k] that the search found

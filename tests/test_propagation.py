@@ -278,6 +278,6 @@ def test_not_asked_is_the_same(max_iter, tol):
     ref, found = diffuse(S, Y, max_iter=max_iter, tol=tol), []
     for ask in (True, False):
         Z, r = torch.zeros_like(Y), Y.clone()
-        found.append((_cg(lambda x: x - .99*spmm(S, x), Z, r, r.clone(), (r*r).sum(0), tol**2*(Y*Y).sum(0), max_iter, ask), Z))
+        found.append((_cg(lambda x: torch.sub(x, spmm(S, x), alpha=.99), Z, r, tol**2*(Y*Y).sum(0), max_iter, ask), Z))
     assert found[0][0] == found[1][0] == ref.n_iter and torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][1], ref.Z)
     assert not ref.Z.isnan().any() and (max_iter < 200 or ref.n_iter < 200)

@@ -27,7 +27,7 @@ class Stop(Callback):
 
 TORCH_SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
 CBS = dict(none=lambda: [], lp=lambda: [LPCallback(warmup=1)], every=lambda: [LPCallback(every=3)], mt=lambda: [MeanTeacherCallback()],
-           both=lambda: [LPCallback(warmup=2), MeanTeacherCallback()])
+           both=lambda: [LPCallback(warmup=2), MeanTeacherCallback()], warm=lambda: [LPCallback(refresh='auto', min_recall=.8, warm_start=True)])
 
 
 def run(cbs, path, extra=(), opt=None, seed=0, workers=0, epochs=5, data=None):
@@ -46,7 +46,7 @@ def same(a, b):
     assert np.array_equal(*([float(x) for x in o.recorder.losses] for o in (a, b)))
     if hasattr(a, 'lp_record'):
         for name in ('labels', 'certainty', 'Z'): assert torch.equal(getattr(a.lp_record.pseudo, name), getattr(b.lp_record.pseudo, name))
-        assert [r['epoch'] for r in a.lp_record.history] == [r['epoch'] for r in b.lp_record.history]
+        for name in ('epoch', 'recall', 'overlap', 'searched'): assert [r.get(name) for r in a.lp_record.history] == [r.get(name) for r in b.lp_record.history]
     if hasattr(a, 'mt_record'):
         assert a.mt_record.step == b.mt_record.step
         for p, q in zip(a.mt_record.teacher.state_dict().values(), b.mt_record.teacher.state_dict().values()): assert torch.equal(p, q)
