@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Neighbors']
 
-# %% ../nbs/00_warm.ipynb #c90e43e6
+# %% ../nbs/00_warm.ipynb #4ef7109d
 import torch
 
 from .search import _clamp_k, _engine, _found, _sample, _search, as_rows, gathered, rescored, share_of
 
-# %% ../nbs/00_warm.ipynb #8844aff4
+# %% ../nbs/00_warm.ipynb #91b131e0
 class Neighbors:
     """`search.knn` from call to call, each of which sets `recall`, `overlap` and `searched`.
 
