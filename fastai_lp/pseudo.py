@@ -300,7 +300,7 @@ def propagate(
     res.seconds, res.graph = dict(graph=built, **res.seconds), found
     return res
 
-# %% ../nbs/02_pseudo.ipynb #5dcbf5f2
+# %% ../nbs/02_pseudo.ipynb #201d6b69
 def peak_memory(
     n:int, # items
     d:int, # numbers per descriptor
@@ -311,7 +311,7 @@ def peak_memory(
 )->int: # bytes
     "About the most memory that `propagate` takes on a CPU, the descriptors (of length 1 already) included, what Python and its libraries take (0.5 GB) not"
     k = default_k(n) if k is None else k
-    assembly, scores = 57*n*k, 24*n*k + 16*n*(c if keep_Z else min(c, 64)) + 900*n
+    assembly, scores = 57*n*k, 24*n*k + 24*n*(c if keep_Z else min(c, 64)) + 900*n
     exact = (index_for(n) if index == 'auto' else index) == 'Flat'
     return 4*n*d + max(assembly, scores) + (0 if exact else 4*n*d + 270*n)
 

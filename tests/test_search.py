@@ -219,5 +219,4 @@ propagate(x, y, k={k}, keep_Z={keep_Z})
 print((resident('VmHWM') - before)/peak_memory({n}, {d}, {c}, {k}, keep_Z={keep_Z}))
 """
     share = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}).stdout)
-    print('share', share)
     assert .6 < share < 1.2, share
