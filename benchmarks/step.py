@@ -14,7 +14,7 @@ Peers, all in one run with ours, turn about; ratios are per repeat (peer/ours, f
              torch_csr: the same block CG as ours, in float32, with torch's sparse CSR product
   step       authors: FAISS flat, the SciPy assembly, cg class by class, ω by scipy.stats.entropy; LabelSpreading of scikit-learn (knn
              kernel, same k, α, 20 iterations), once from 50,000 items on and not at all beyond 100,000
-`bound` is what the machine could do at most, see `bounds`. `agreement` compares with the same 20 iterations in float64 on the same graph. `--memory` adds the peak memory of `propagate` alone, in a
+`--bounds` adds to all rows of results/step.json what the machine could do at most, see `bounds`: for when nothing else runs. `agreement` compares with the same 20 iterations in float64 on the same graph. `--memory` adds the peak memory of `propagate` alone, in a
 process of its own. Each (n, c) is a row of results/step.json, which `--save` merges into: parts not measured this time are kept."""
 import argparse
 import gc
@@ -150,19 +150,17 @@ def race(repeats, once=(), **fns):
 
 
 def bounds(n, d, nnz, c):
-    "What this machine could do at most, measured here: inner products at the rate of a bare matrix product, rows of the scores gathered at the rate of a bare index_select"
-    a, b = torch.randn(4096, d), torch.randn(d, 8192)
-    x, where = torch.randn(min(n, 200_000), min(c, 32)), torch.randint(min(n, 200_000), (2_000_000,))
-    rate, bandwidth = [], []
-    for _ in range(7):
-        start = time.perf_counter()
-        a @ b
-        rate.append(2*4096*8192*d/(time.perf_counter()-start)/1e9)
-        start = time.perf_counter()
-        x.index_select(0, where)
-        bandwidth.append(2*4*len(where)*x.shape[1]/(time.perf_counter()-start)/1e9)
-    rate, bandwidth = median(rate), median(bandwidth)
-    return dict(sgemm_gflops=rate, gather_gb_per_s=bandwidth, knn=2*n*n*d/rate/1e9, diffusion=ITERS*nnz*4*c/bandwidth/1e9)
+    "What this machine could do at most, measured here: inner products at the best rate of a large matrix product, scores read at the best rate of summing as many"
+    a, x = torch.randn(3072, 3072), torch.randn(n, min(c, 32))
+    def best(f): return min(timed(f) for _ in range(9))
+    flops, read = 2*3072**3/best(lambda: a @ a), 4*x.numel()/best(x.sum)
+    return dict(sgemm_gflops=flops/1e9, read_gb_per_s=read/1e9, knn=2*n*n*d/flops, diffusion=ITERS*nnz*4*c/read)
+
+
+def timed(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
 
 
 def sp_csr(S): return sp.csr_matrix((S.values().numpy(), S.col_indices().numpy(), S.crow_indices().numpy()), shape=S.shape)
@@ -205,7 +203,6 @@ def measure(n, d, k, c, noise, parts, repeats, kw):
         row['agreement'] = dict(argmax=float((ours.labels.numpy() == labels)[free].mean()), omega=float(abs(ours.certainty.numpy() - omega)[free].max()),
                                 reached=float(free.sum()/(y < 0).sum()), reached_differs=int((ours.reached.numpy() != (Z > 0).any(1))[y < 0].sum()),
                                 omega_raw_max=float(weigh(Z, False)[1].max()))
-    if 'nnz' in row: row['bound'] = bounds(n, d, row['nnz'], c)
     if 'step' in parts:
         peers = dict(authors=lambda: authors_step(v, Y.numpy(), k)[0])
         if n <= 100_000: peers['LabelSpreading'] = lambda: label_spreading(v, y.numpy(), k)
@@ -243,7 +240,7 @@ def show(row):
     if 'step' in row:
         print('stages     ' + ', '.join(f'{o} {t:.3f} s' for o, t in row['step']['stages'].items()))
         print('accuracy   ' + ', '.join(f'{o} {100*a:.2f} %' for o, a in row['step']['accuracy'].items()))
-    if 'bound' in row: print("bound      neighbours {knn:.3f} s ({sgemm_gflops:.0f} GFlop/s), diffusion {diffusion:.3f} s ({gather_gb_per_s:.1f} GB/s gathered)".format(**row['bound']))
+    if 'bound' in row: print("bound      neighbours {knn:.3f} s ({sgemm_gflops:.0f} GFlop/s), diffusion {diffusion:.3f} s ({read_gb_per_s:.1f} GB/s)".format(**row['bound']))
     if 'agreement' in row: print("float64    argmax {argmax:.6f} (wanted ≥ .9999), |Δω| {omega:.1e} (wanted ≤ 1e-5), reached {reached:.4f}, largest ω before its normalisation {omega_raw_max:.4f}".format(**row['agreement']))
     if 'memory' in row: print("memory     peak {peak:.2f} GB, {before:.2f} before with features of {features:.2f}; formula {formula:.2f}; {seconds:.1f} s, accuracy {accuracy:.4f}, {graph}, {settings}, in {intrinsic} dimensions".format(**row['memory']))
 
@@ -255,7 +252,17 @@ def machine():
                 **{o: version(o) for o in ('fastai_lp', 'torch', 'numpy', 'scipy', 'scikit-learn')}, faiss=faiss.__version__)
 
 
+def add_bounds(out):
+    rows = json.loads(out.read_text())['rows']
+    for row in rows:
+        if 'nnz' not in row: continue
+        row['bound'] = bounds(row['n'], row['d'], row['nnz'], row['c'])
+        show({k: row[k] for k in ('n', 'c', 'd', 'k', 'noise', 'bound')})
+    out.write_text(json.dumps(dict(rows=rows), indent=1) + '\n')
+
+
 def main(args):
+    if args.bounds: return add_bounds(args.out)
     kw = dict(keep_Z=False) if args.drop_Z else {}
     if args.index: kw['index'] = args.index
     info = machine()
@@ -286,6 +293,7 @@ if __name__ == '__main__':
     parser.add_argument('--noise', type=float, help=f'default: {NOISE}, else 2')
     parser.add_argument('--parts', nargs='*', choices=parts, default=parts)
     parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--bounds', action='store_true')
     parser.add_argument('--memory', action='store_true', help='peak memory of propagate, in a process of its own')
     parser.add_argument('--intrinsic', type=int, help='for --memory: dimensions of the space in which all items lie; default d')
     parser.add_argument('--index', help='for propagate: a FAISS factory string')

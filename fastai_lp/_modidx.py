@@ -283,6 +283,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastai_lp.features._eval_mode': ('features.html#_eval_mode', 'fastai_lp/features.py'),
                                     'fastai_lp.features._pooled': ('features.html#_pooled', 'fastai_lp/features.py'),
                                     'fastai_lp.features._pooled_by': ('features.html#_pooled_by', 'fastai_lp/features.py'),
+                                    'fastai_lp.features._room': ('features.html#_room', 'fastai_lp/features.py'),
                                     'fastai_lp.features._same_random_state': ('features.html#_same_random_state', 'fastai_lp/features.py'),
                                     'fastai_lp.features.add_l2norm': ('features.html#add_l2norm', 'fastai_lp/features.py'),
                                     'fastai_lp.features.extract_features': ('features.html#extract_features', 'fastai_lp/features.py'),

@@ -109,13 +109,14 @@ class LPCallback(FitScoped):
         every:int=1, # renew the pseudo-labels every so many epochs (the paper: each epoch)
         layer=None, # module, or its name, whose output is the descriptor; None: see `features.find_descriptor`
         augment:bool=False, # take the descriptors of augmented items, as the authors' program does; clean ones are those that a new item will have
+        max_bytes:int=2**32, # descriptors that take more lie in a temporary file, see `features.extract_features`
         truth=None, # true classes, for the figures only (see `truth_of`): they never reach the training. Choosing a model by them is a leak
         **graph
     ):
         if labeler is not None and graph: raise ValueError(f"labeler= has settings of its own: pass {', '.join(graph)} to it, not to LPCallback")
         if warmup < 0 or every < 1: raise ValueError(f"warmup={warmup}, every={every}: expected warmup >= 0 and every >= 1 epochs")
         self.labeler = Diffusion(**graph) if labeler is None else labeler
-        self.warmup, self.every, self.layer, self.augment, self.truth = warmup, every, layer, augment, truth
+        self.warmup, self.every, self.layer, self.augment, self.max_bytes, self.truth = warmup, every, layer, augment, max_bytes, truth
         self.record, self._course = LPRecord(), 0  # epochs of all fits so far
         self._fit = self._data = None
 
@@ -188,7 +189,7 @@ class LPCallback(FitScoped):
         bar = dict(parent=getattr(progress, 'mbar', None), show=progress is not None)
         if fit.world > 1: level(*unwrapped(self.learn.model).buffers())  # each process has its own batches' BatchNorm statistics
         with work_shared(fit.rank, fit.world):
-            found = extract_features(self.learn, self.layer, augment=self.augment, **bar)
+            found = extract_features(self.learn, self.layer, augment=self.augment, max_bytes=self.max_bytes, **bar)
             extracted = time.perf_counter()
             if found.logits.shape[1] != self.dls.c:
                 raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")

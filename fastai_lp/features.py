@@ -6,9 +6,11 @@
 __all__ = ['find_classifier', 'find_descriptor', 'L2Linear', 'add_l2norm', 'Features', 'extract_features']
 
 # %% ../nbs/12_features.ipynb #08ac5c50
+import tempfile
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -120,6 +122,12 @@ def _captured(module, is_input):
     finally: hook.remove()
 
 
+def _room(n, like, max_bytes):
+    "Rows for n items; where they take more than `max_bytes`, in a temporary file, which ends with them"
+    if 4*n*like.shape[1] <= max_bytes: return like.new_full((n, like.shape[1]), torch.nan)
+    with tempfile.TemporaryFile() as f: return torch.from_numpy(np.memmap(f, np.float32, 'w+', shape=(n, like.shape[1])))
+
+
 def _pooled(v):
     v = v[0] if isinstance(v, (tuple, list)) else v
     if v.ndim == 4: v = v.mean((2, 3))
@@ -135,6 +143,7 @@ def extract_features(
     augment:bool=False, # augment the items, as in training: what the authors' program does
     parent=None, # master progress bar to show progress under
     show:bool=False, # show a progress bar
+    max_bytes:int=2**32, # descriptors, or logits, that take more are kept in a file of the temporary folder (TMPDIR) and read from there, by the search too
 )->Features:
     """Descriptors and logits of every item of a DataLoader's dataset, in evaluation mode and, unless asked for, without augmentation.
 
@@ -158,7 +167,7 @@ def extract_features(
         for b in batches:
             out = model(*learn._set_device(b)[:dl.n_inp])
             v, out = F.normalize(_pooled(seen[0])), _pooled(out)
-            if feats is None: feats, logits = (o.new_full((len(own), o.shape[1]), torch.nan) for o in (v, out))
+            if feats is None: feats, logits = (_room(len(own), o, max_bytes) for o in (v, out))
             where = slice(done, done+len(v))
             done += len(v)
             if done > len(own): break

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXACT_UP_TO', 'default_k', 'rows_not_finite', 'as_rows', 'unit_rows', 'index_for', 'knn', 'knn_recall']
 
-# %% ../nbs/00_search.ipynb #2a34d231
+# %% ../nbs/00_search.ipynb #1541b293
 import math
 import warnings
 from contextlib import contextmanager
@@ -15,19 +15,19 @@ import numpy as np
 import torch
 import faiss  # after torch: its CUDA 12 libraries must not be loaded before torch's own
 
-# %% ../nbs/00_search.ipynb #3124f81a
+# %% ../nbs/00_search.ipynb #4b210001
 def default_k(
     n:int, # number of items
 )->int: # number of neighbours
     "The number of neighbours for `n` items: √n/4.5, at least 7 and at most 50 (the paper's k, at its n = 50,000)"
     return min(max(round(math.sqrt(n)/4.5), 7), 50)
 
-# %% ../nbs/00_search.ipynb #5021fa46
+# %% ../nbs/00_search.ipynb #e27a44cc
 def rows_not_finite(
     x:torch.Tensor, # [n, d]
 )->str: # '3, 77', the first ten and the count of all where there are more; '' where all rows are finite
     "The rows that hold a NaN or an infinite number, for a message"
-    bad = (~torch.isfinite(x).all(1)).nonzero().flatten().tolist()
+    bad = (~torch.cat([torch.isfinite(o).all(1) for o in x.split(2**16)])).nonzero().flatten().tolist()  # in blocks: x may lie in a file
     return str(bad[:10])[1:-1] + (f", … ({len(bad)} in all)" if len(bad) > 10 else '')
 
 
@@ -54,7 +54,7 @@ def unit_rows(
     if (((norm-1).abs() <= 1e-5) | (norm == 0)).all(): return x
     return x/norm.clamp(min=1e-12)
 
-# %% ../nbs/00_search.ipynb #23d34677
+# %% ../nbs/00_search.ipynb #58c92610
 _report, _shares = ContextVar('report', default=None), ContextVar('shares', default=None)
 
 
@@ -108,7 +108,7 @@ def gathered(
     "The rows that the processes have worked on, together"
     return tensors if _shares.get() is None else tuple(map(_shares.get()[2], tensors))
 
-# %% ../nbs/00_search.ipynb #e03a735c
+# %% ../nbs/00_search.ipynb #959de071
 def _clamp_k(k, n):
     if n < 2: raise ValueError(f"a graph needs at least 2 items, got {n}")
     if k is None: return min(default_k(n), n-1)
@@ -167,7 +167,7 @@ def _exact_torch(x, k, rows, chunk_bytes):
         sims[a:b], idxs[a:b] = best
     return sims, idxs
 
-# %% ../nbs/00_search.ipynb #269edcb3
+# %% ../nbs/00_search.ipynb #3d9ffe20
 def rescored(
     x:torch.Tensor, # float32 [n, d]
     rows:torch.Tensor, # int64 [m], the items
@@ -186,7 +186,7 @@ def rescored(
     idxs = idxs.gather(1, order)
     return sims.masked_fill(idxs < 0, 0), idxs
 
-# %% ../nbs/00_search.ipynb #2c7873ae
+# %% ../nbs/00_search.ipynb #9f12dc18
 EXACT_UP_TO = dict(cpu=200_000, cuda=2_000_000) # items; about a minute with two cores. The GPU's is by arithmetic: it has not been run
 
 
@@ -197,7 +197,7 @@ def index_for(
     "The index that `index='auto'` stands for: exact up to `EXACT_UP_TO`, beyond it HNSW, a walk over a graph of its own"
     return 'Flat' if n <= EXACT_UP_TO['cuda' if torch.device(device).type == 'cuda' else 'cpu'] else 'HNSW32'
 
-# %% ../nbs/00_search.ipynb #93fcda8d
+# %% ../nbs/00_search.ipynb #ffdd71ae
 def _faiss_index(x, factory, k):
     v, d = x.cpu().numpy(), x.shape[1]
     index = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
@@ -217,7 +217,7 @@ def _approximate(x, k, rows, factory):
     index = _faiss_index(x, factory, k)
     return rescored(x, rows, _filled(x, k, rows, lambda q, m: index.search(q.cpu().numpy(), m), 2**12)[1])
 
-# %% ../nbs/00_search.ipynb #2b794acb
+# %% ../nbs/00_search.ipynb #658a1c3b
 def knn(
     x, # [n, d] tensor or array; rows are compared by inner product as they are: ℓ2-normalise them for cosine similarity
     k:int=None, # neighbours per item; None: `default_k(n)`. Not below n: clamped to n−1 with a warning
@@ -247,7 +247,7 @@ def _search(x, k, rows, backend, index, chunk_bytes=2**28):
     if index != 'Flat': return _approximate(x, k, rows, index)
     return _exact_torch(x, k, rows, chunk_bytes) if backend == 'torch' else _exact_faiss(x, k, rows)
 
-# %% ../nbs/00_search.ipynb #6f5cb50e
+# %% ../nbs/00_search.ipynb #752e8caf
 def knn_recall(
     x:torch.Tensor, # [n, d] as it was searched
     sims:torch.Tensor, # [n, k] that the search found

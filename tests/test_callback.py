@@ -548,3 +548,12 @@ def test_truth_must_fit_the_known_labels(data):
         learn = blob_learner(data)
         with E(ValueError, match=match): learn.fit(1, cbs=LPCallback(truth=truth))
         traceless(learn)
+
+
+def test_descriptors_in_a_file_are_the_same(data, tmp_path):
+    weights = []
+    for max_bytes in (2**32, 100):
+        learn = blob_learner(data, path=tmp_path)
+        learn.fit(2, cbs=LPCallback(max_bytes=max_bytes))
+        weights.append(flat_weights(learn))
+    assert torch.equal(*weights)
