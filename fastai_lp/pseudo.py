@@ -300,7 +300,7 @@ def propagate(
     res.seconds, res.graph = dict(graph=built, **res.seconds), found
     return res
 
-# %% ../nbs/02_pseudo.ipynb #201d6b69
+# %% ../nbs/02_pseudo.ipynb #a9cc74f1
 def peak_memory(
     n:int, # items
     d:int, # numbers per descriptor

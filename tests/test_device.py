@@ -19,9 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastai_lp.batches import LossOnDevice, image_dls
 from fastai_lp.callback import LPCallback
 from fastai_lp.datasets import ImageArrays, show_labels
+from fastai_lp.diffusion import _cg, diffuse, spmm
+from fastai_lp.graph import affinity, normalize
 from fastai_lp.mean_teacher import MeanTeacherCallback
 from fastai_lp.models import ConvNet13, TwoHeads, resnet18_84, small_convnet
 from fastai_lp.resume import ResumeCallback
+from fastai_lp.search import _exact_torch, knn
 
 aten, T = torch.ops.aten, torch.Tensor
 asking = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten._unique, aten._unique2,
@@ -315,3 +318,17 @@ def test_bfloat16(monkeypatch):
 def test_a_step_in_bfloat16_waits_for_nothing(monkeypatch):
     monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype))
     assert waits_of_steps(learner(True, opt_func=sgd), [ChannelsLast(), MixedPrecision(amp_mode='bf16'), *make('mt_lp'), LossOnDevice()]) == []
+
+
+def test_graph_and_diffusion_do_not_wait_for_a_gpu():
+    "What would run there, on CPU tensors: blocks of the search, and iterations of CG, ask for nothing; the count of iterations is asked once"
+    x = F.normalize(torch.randn(300, 8))
+    with Waits() as waits: sims, idxs = _exact_torch(x, 7, torch.arange(300), 4*64*50)
+    assert not waits.found and torch.equal(idxs, knn(x, 7)[1])
+    S, _ = normalize(affinity(sims, idxs))
+    Y = torch.eye(300)[:, :40]
+    for max_iter in (2, 30):
+        Z, r = torch.zeros_like(Y), Y.clone()
+        with Waits() as waits: _cg(lambda p: torch.sub(p, spmm(S, p), alpha=.99), Z, r, 1e-12*torch.ones(40), max_iter, ask=False)
+        assert waits.found == ['aten._local_scalar_dense']
+    torch.testing.assert_close(Z, diffuse(S, Y, max_iter=30).Z)
