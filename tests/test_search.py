@@ -192,6 +192,7 @@ def test_work_is_reported():
 @pytest.mark.parametrize('index', ['Flat', 'HNSW32'])
 def test_ctrl_c_stops_a_search(index):
     code = ("import os, signal, threading, torch; from fastai_lp.search import knn\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background has it ignored\n"
             "x = torch.randn(60_000, 64)\n"
             "threading.Timer(.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
             f"try: knn(x, 20, index='{index}'); print('went on')\n"
