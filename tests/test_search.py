@@ -202,7 +202,7 @@ def test_ctrl_c_stops_a_search(index):
 
 
 @pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='the peak of a process from a mark on is read where Linux counts it')
-@pytest.mark.parametrize('n, d, c, k, keep_Z', [(30_000, 32, 10, 50, True), (20_000, 32, 400, 10, True), (20_000, 32, 400, 10, False)])
+@pytest.mark.parametrize('n, d, c, k, keep_Z', [(30_000, 32, 10, 50, True), (20_000, 32, 400, 10, True), (60_000, 32, 400, 10, False)])
 def test_peak_memory_is_as_the_formula_says(n, d, c, k, keep_Z):
     code = f"""
 import gc, re, torch
@@ -217,7 +217,7 @@ gc.collect()
 Path('/proc/self/clear_refs').write_text('5')
 before = resident('VmRSS') - 4*{n}*{d}
 propagate(x, y, k={k}, keep_Z={keep_Z})
-print((resident('VmHWM') - before)/peak_memory({n}, {d}, {c}, {k}, keep_Z={keep_Z}))
+print(resident('VmHWM') - before, peak_memory({n}, {d}, {c}, {k}, keep_Z={keep_Z}))
 """
-    share = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}).stdout)
-    assert .6 < share < 1.2, share
+    used, formula = map(int, subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}).stdout.split())
+    assert .6*formula < used < 1.2*formula + 4e7, (used, formula)  # the allocator keeps some tens of megabytes
