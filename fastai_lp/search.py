@@ -139,12 +139,12 @@ def _filled(x, k, rows, search, size):
 
 
 def _exact_faiss(x, k, rows):
-    if x.device.type == 'cuda':
+    if x.device.type == 'cuda' and faiss.get_num_gpus():
         from faiss.contrib import torch_utils  # its import lets FAISS take tensors on a GPU as they are
         res = faiss.StandardGpuResources()
         return _filled(x, k, rows, lambda q, m: faiss.knn_gpu(res, q, x, m, metric=faiss.METRIC_INNER_PRODUCT), 2**16)
-    v = x.numpy()
-    return _filled(x, k, rows, lambda q, m: faiss.knn(q.numpy(), v, m, metric=faiss.METRIC_INNER_PRODUCT), 2**12)  # FAISS's own block
+    v = x.cpu().numpy()
+    return _filled(x, k, rows, lambda q, m: faiss.knn(q.cpu().numpy(), v, m, metric=faiss.METRIC_INNER_PRODUCT), 2**12)  # FAISS's own block
 
 
 def _exact_torch(x, k, rows, chunk_bytes):

@@ -40,7 +40,7 @@ class Neighbors:
         rows = _sample(n, self.sample, 0, x.device)
         old = None if self.pool is None or len(self.pool) != n else self.pool.to(x.device)
         warm = self.refresh == 'auto' and old is not None and old.shape[1] >= k
-        if warm or engine[1] != 'Flat': true = _search(x, k, rows, engine[0] if engine[1] == 'Flat' else 'faiss' if x.device.type == 'cpu' else 'torch', 'Flat')
+        if warm or engine[1] != 'Flat': true = _search(x, k, rows, *_engine(x, backend, 'Flat'))
         if warm:
             self.overlap = self._of_rank_0(_shared(true[1], old[rows, :k]))
             self.recall = self._of_rank_0(_found(true[0], rescored(x, rows, old[rows])[0][:, :k]))
