@@ -25,7 +25,7 @@ from .distributed import from_first, level, mean_of, share_batches, unwrapped, w
 from .features import extract_features, find_classifier, find_descriptor
 from .labelers import Diffusion
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
-from .pseudo import advice, check_labels
+from .pseudo import advice, check_labels, peak_memory
 from .search import reporting
 
 # %% ../nbs/13_callback.ipynb #123dd0f7
@@ -193,7 +193,7 @@ class LPCallback(FitScoped):
             extracted = time.perf_counter()
             if found.logits.shape[1] != self.dls.c:
                 raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")
-            with _bars(**bar): pseudo = self.labeler(found.feats, found.logits, fit.y)
+            with _bars(**bar), _memory_advice(*found.feats.shape, self.dls.c, self.labeler): pseudo = self.labeler(found.feats, found.logits, fit.y)
         if fit.world > 1: pseudo = replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k != 'W'})  # the graph is of gathered neighbours
         row = dict(epoch=fit.epoch, accuracy=None, network_accuracy=None, certainty=pseudo.certainty[~pseudo.labeled].mean().item(),
                    reached=pseudo.reached.float().mean().item(), residual=pseudo.residual, n_iter=pseudo.n_iter,
@@ -290,6 +290,18 @@ def _bars(parent, show):
             bar.update(0)
         bars[what, total].update(done)
     with reporting(report if show else None): yield
+
+
+@contextmanager
+def _memory_advice(n, d, c, labeler):
+    "To an error of too little memory, whoever raises it, the note of what is needed and what helps"
+    try: yield
+    except Exception as e:
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and any(o in str(e).lower() for o in ('out of memory', 'bad_alloc', "can't allocate memory")):
+            settings = {o: getattr(labeler, o) for o in ('k', 'keep_Z', 'index') if hasattr(labeler, o)}
+            e.add_note(f"LPCallback: the pseudo-labels of {n} items, {d} numbers per descriptor and {c} classes take about {peak_memory(n, d, c, **settings)/1e9:.1f} GB. "
+                       "A smaller k=, or keep_Z=False, takes less; backend='faiss' computes the neighbours on the CPU where FAISS sees no GPU. Nothing of the Learner was changed: fit it again")
+        raise
 
 
 class _Fit:

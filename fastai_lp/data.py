@@ -52,7 +52,9 @@ class SemiCategorize(Categorize):
 
     def setups(self, dsets):
         if self.vocab is None and dsets is not None:
-            self.vocab = CategoryMap(L(o for o in dsets if not is_unlabeled(o)), sort=self.sort)
+            labels = L(o for o in dsets if not is_unlabeled(o))
+            _check_types(labels)
+            self.vocab = CategoryMap(labels, sort=self.sort)
         self.c = len(self.vocab)
 
     def encodes(self, o):
@@ -74,6 +76,12 @@ class SemiCategorize(Categorize):
     def _each(self, to, f):
         to.transform(to.y_names, lambda col: pd.Series([f(o) for o in col], index=col.index, name=col.name), all_col=False)
         return to
+
+
+def _check_types(labels):
+    "Labels that are read as text here and as numbers there, 1 and '1', would be two classes, or none that can be sorted"
+    kinds = {'text' if isinstance(o, str) else 'numbers' if isinstance(o, (bool, int, float, np.number, np.bool_)) else type(o).__name__: o for o in labels}
+    if len(kinds) > 1: raise ValueError(f"the labels are of mixed types, {', '.join(f'{k} such as {o!r}' for k, o in kinds.items())}: make them all of one type, as by str")
 
 
 def SemiCategoryBlock(

@@ -10,15 +10,13 @@ __all__ = ['cifar_stats', 'ImageArrays', 'digits', 'Rows', 'RandomAffine', 'digi
 import hashlib
 import io
 import math
-import os
 import re
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -28,10 +26,11 @@ from fastai.data.transforms import IndexSplitter, get_image_files
 from fastai.vision.augment import AffineCoordTfm, PadMode
 from fastai.vision.core import TensorImageBW
 from fastcore.foundation import L
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from .files import read_npz, written_whole
 from .data import SemiCategoryBlock, _by_name, hide_labels, semi_dls
 
 # %% ../nbs/21_datasets.ipynb #1a5288e8
@@ -183,10 +182,9 @@ def _downloaded(url, what):
 def _encoded(file, what):
     "Training part, test part and class names of an `.npz` of JPEG bytes"
     if not file.is_file(): raise FileNotFoundError(f"{what}: there is no file {file}; without path= it is downloaded")
-    with np.load(file, allow_pickle=False) as f:
-        needed = ['classes'] + [f'{part}_{o}' for part in ('train', 'test') for o in ('jpeg', 'offsets', 'labels')]
-        if missing := [o for o in needed if o not in f.files]: raise ValueError(f"{what}: {file} has no {', '.join(missing)}, only {', '.join(f.files)}")
-        f = {o: f[o] for o in f.files}
+    f = read_npz(file)
+    needed = ['classes'] + [f'{part}_{o}' for part in ('train', 'test') for o in ('jpeg', 'offsets', 'labels')]
+    if missing := [o for o in needed if o not in f]: raise ValueError(f"{what}: {file} has no {', '.join(missing)}, only {', '.join(f)}")
     def part(name):
         data, at = f[f'{name}_jpeg'], f[f'{name}_offsets']
         names = f.get(f'{name}_names', range(len(at)-1))
@@ -199,9 +197,10 @@ def _picture(o, size, crop):
     if isinstance(o, torch.Tensor): o = o.permute(1, 2, 0).cpu().numpy()
     if isinstance(o, np.ndarray) and o.ndim == 1: o = io.BytesIO(o)
     elif isinstance(o, bytes): o = io.BytesIO(o)
-    try: img = o if isinstance(o, Image.Image) else Image.fromarray(o) if isinstance(o, np.ndarray) else Image.open(o)
-    except UnidentifiedImageError as e: raise ValueError(f"{o}: no image that Pillow can read; remove or replace it") from e
-    img, (h, w) = img.convert('RGB'), size
+    try:
+        img = o if isinstance(o, Image.Image) else Image.fromarray(o) if isinstance(o, np.ndarray) else Image.open(o)
+        img, (h, w) = img.convert('RGB'), size
+    except (OSError, SyntaxError, ValueError) as e: raise ValueError(f"{o}: no image that Pillow can read ({e}); remove or replace it") from e
     if img.size != (w, h): img = ImageOps.fit(img, (w, h), Image.Resampling.BICUBIC) if crop else img.resize((w, h), Image.Resampling.BICUBIC)
     return np.asarray(img).transpose(2, 0, 1)
 
@@ -222,19 +221,14 @@ def _key(sources, size, crop):
 
 def _kept(file, key):
     "The images of a cache file; None where it has not these"
-    try:
-        with np.load(file, allow_pickle=False) as f: return torch.from_numpy(f['images']) if str(f['key']) == key else None
-    except (OSError, ValueError, KeyError, BadZipFile): return None
+    try: f = read_npz(file, checksum=True)
+    except (OSError, ValueError): return None
+    return torch.from_numpy(f['images']) if f['key'].item() == key else None
 
 
 def _keep(file, images, key):
     "Write a cache file in one step; a folder that cannot be written to does without"
-    try: fd, tmp = tempfile.mkstemp(dir=file.parent, suffix='.part')
-    except OSError: return
-    try:
-        with os.fdopen(fd, 'wb') as f: np.savez(f, images=images.numpy(), key=key)
-        os.replace(tmp, file)
-    except OSError: os.unlink(tmp)
+    with suppress(OSError), written_whole(file, checksum=True) as f: np.savez(f, images=images.numpy(), key=key)
 
 
 def _load(sources, wanted, size, crop, cache):
@@ -375,9 +369,9 @@ def _label_list(file, data):
 
 def _split_row(file, n, split):
     if not file.is_file(): raise FileNotFoundError(f"there is no file of splits {file}")
-    with np.load(file, allow_pickle=False) as f:
-        if f'labels_{n}' not in f.files: raise ValueError(f"{file} has no array labels_{n}, only {', '.join(f.files)}: pass n= and split=")
-        rows = f[f'labels_{n}']
+    f = read_npz(file)
+    if f'labels_{n}' not in f: raise ValueError(f"{file} has no array labels_{n}, only {', '.join(f)}: pass n= and split=")
+    rows = f[f'labels_{n}']
     if split is None or not 0 <= split < len(rows): raise ValueError(f"split={split}: labels_{n} of {file} has rows 0 to {len(rows)-1}")
     return rows[split]
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from fastai.torch_core import progress_bar
 from fastcore.script import call_parse, store_true
 
+from .files import append_json_line, read_json_lines, read_npz, written_whole
 from .datasets import ImageArrays, cifar10, cifar100, digits, mini_imagenet, show_labels
 from .graph import default_k
 from .recipes import METHODS, RECIPES, Recipe, file_name, run_method
@@ -167,12 +168,10 @@ _NEEDED = 'dataset', 'name', 'method', 'labels', 'items', 'recipe', 'error_rate'
 def read_lines(
     file, # .jsonl that `run_experiment` wrote
 )->list: # dicts
-    "Its runs: where one was written twice, the later; a `ValueError` names a line that is not JSON"
+    """Its runs: where one was written twice, the later. A half line at the end, of a program that was killed, is left out with a warning;
+    a `ValueError` names a line that is not JSON, or was changed after it was written"""
     runs = {}
-    for i, line in enumerate(Path(file).read_text().splitlines(), 1):
-        if not line.strip(): continue
-        try: run = json.loads(line)
-        except json.JSONDecodeError as e: raise ValueError(f"{file}, line {i}: this is not JSON ({e}); remove the line and run lp_train again") from e
+    for i, run in read_json_lines(file):
         if not isinstance(run, dict) or any(o not in run for o in _NEEDED) or run['dataset'] not in RECIPES or run['method'] not in METHODS:
             raise ValueError(f"{file}, line {i}: this is not a run of lp_train, with {', '.join(_NEEDED)}, a known dataset and method")
         runs[str([run.get(o) for o in ('name', 'method', 'recipe', 'data', 'splits')])] = run
@@ -180,10 +179,10 @@ def read_lines(
 
 
 def _record(file, run):
-    "A line at the end, in one write, so that several programs may share the file; none for a run that is there, as when a finished one is asked for again"
+    "A line at the end, so that several programs may share the file; none for a run that is there, as when a finished one is asked for again"
     run = json.loads(json.dumps(run))
     if file.exists() and any({**o, 'environment': run['environment']} == run for o in read_lines(file)): return
-    with open(file, 'ab', buffering=0) as f: f.write((json.dumps(run) + '\n').encode())
+    append_json_line(file, run)
 
 
 def _numbers(text):
@@ -206,7 +205,7 @@ def _beside(dataset, data, labels):
     "The file of splits in the folder of the images, where it has such splits"
     file = Path(data).parent/f'{dataset}_splits.npz' if data else None
     if not file or not file.exists(): return None
-    with np.load(file, allow_pickle=False) as f: return file if f'labels_{labels}' in f.files else None
+    return file if f'labels_{labels}' in read_npz(file) else None
 
 
 @call_parse
@@ -244,9 +243,9 @@ def lp_train(
         rows = range(seeds) if split is None else _numbers(split)
         if split is not None and not splits and dataset != 'digits': print(f"no file of splits: the labels are drawn, with seeds {split}. Pass --splits for those of others")
         runs = run_experiment(dataset, labels, methods, rows, replace(RECIPES[dataset], **changes), data, splits, n_train, n_test, out, device)
-    except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e))
+    except (ValueError, OSError) as e: raise SystemExit(str(e))
     what = f"{dataset}, {labels} labels, {len(rows)} {f'splits of {splits}' if splits else 'draws of the labels'}"
     fig = plot_runs(runs, what)
-    fig.savefig(Path(out)/f'{dataset}.png', dpi=150)
+    with written_whole(Path(out)/f'{dataset}.png') as f: fig.savefig(f, dpi=150)
     plt.close(fig)
     print(f"\n\n{what}; mean ± standard error\n\n{to_markdown(summarize(runs))}\n\ndetails in {Path(out)/f'{dataset}.jsonl'}, figure in {Path(out)/f'{dataset}.png'}")

@@ -8,17 +8,21 @@ __all__ = ['find_classifier', 'find_descriptor', 'L2Linear', 'add_l2norm', 'Feat
 # %% ../nbs/12_features.ipynb #08ac5c50
 import tempfile
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastcore.foundation import L
+from fastai.data.load import SkipItemException
 from fastai.layers import AdaptiveConcatPool2d
 from fastai.learner import Learner
 from fastai.torch_core import get_random_states, progress_bar, set_random_states
 from fastai.vision.learner import TimmBody
 
+from .files import reserve
 from .distributed import unwrapped
 from .graph import rows_not_finite
 from .search import gathered, share_of
@@ -125,7 +129,30 @@ def _captured(module, is_input):
 def _room(n, like, max_bytes):
     "Rows for n items; where they take more than `max_bytes`, in a temporary file, which ends with them"
     if 4*n*like.shape[1] <= max_bytes: return like.new_full((n, like.shape[1]), torch.nan)
-    with tempfile.TemporaryFile() as f: return torch.from_numpy(np.memmap(f, np.float32, 'w+', shape=(n, like.shape[1])))
+    with tempfile.TemporaryFile() as f:
+        reserve(f, 4*n*like.shape[1], f'the descriptors of {n} items, more than max_bytes,')
+        return torch.from_numpy(np.memmap(f, np.float32, 'w+', shape=(n, like.shape[1])))
+
+
+def _read(batches, ds, own, bs):
+    "The batches; where one cannot be read, an error that names the items"
+    done, batches = 0, iter(batches)
+    while True:
+        try: b = next(batches)
+        except StopIteration: return
+        except Exception as e:
+            broken = []
+            for i in own[done:done+bs]:
+                try: ds[i]
+                except SkipItemException: pass
+                except Exception as why: broken.append((i, why))
+            if not broken: raise
+            items, first = getattr(ds, 'items', None), broken[0][0]
+            name = f' ({items[first]})' if isinstance(items, (list, L)) and isinstance(items[first], (str, Path)) else ''
+            raise ValueError(f"item(s) {', '.join(str(i) for i, _ in broken[:10])} of the training data cannot be read, the first{name} because of {type(broken[0][1]).__name__}: {broken[0][1]}. "
+                             "Later items were not looked at: for image files, fastai's verify_images(get_image_files(path)) lists all that are broken; remove or replace them") from e
+        done += bs
+        yield b
 
 
 def _pooled(v):
@@ -149,7 +176,7 @@ def extract_features(
 
     Within `search.shared` each process extracts its share, and all have all rows.
     Afterwards the model's modes, its BatchNorm statistics and the random number generators are as before. Raises
-    `ValueError` where descriptors or logits are not finite (items named), or the DataLoader does not yield each item once."""
+    `ValueError` where descriptors or logits are not finite, or items cannot be read (named), or the DataLoader does not yield each item once."""
     dl = learn.dls.train if dl is None else dl
     dl = getattr(dl, 'dl', dl)
     model = unwrapped(learn.model)  # a wrapper's forward may wait for processes that are not extracting
@@ -164,7 +191,7 @@ def extract_features(
         done = 0
         batches = progress_bar(dl, parent=parent, leave=False) if show else dl
         if show: batches.comment = 'descriptors'
-        for b in batches:
+        for b in _read(batches, dl.dataset, own, dl.bs):
             out = model(*learn._set_device(b)[:dl.n_inp])
             v, out = F.normalize(_pooled(seen[0])), _pooled(out)
             if feats is None: feats, logits = (_room(len(own), o, max_bytes) for o in (v, out))

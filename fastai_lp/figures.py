@@ -17,6 +17,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator, NullLocator
 from fastcore.script import call_parse
 
+from .files import written_whole
 from .experiments import COLORS, read_images, row_name, test_error
 from .interpret import CLASSES, LPInterpretation, plot_toy, toy
 from .report import LONG, PAPER, as_paper, experiment, grouped, names_of, read_runs, settings, title_of
@@ -250,6 +251,6 @@ def lp_figures(
         try: fig = make(*args)
         except Lacking as e: print(f'figure{i} skipped: {e}')
         else:
-            fig.savefig(file := folder/f'figure{i}.png', dpi=150)
+            with written_whole(file := folder/f'figure{i}.png') as f: fig.savefig(f, dpi=150)
             plt.close(fig)
             print(file)

@@ -23,11 +23,12 @@ def csr(
     col:torch.Tensor, # int [nnz], of the same type
     values:torch.Tensor, # [nnz]
     n:int, # rows and columns
+    check:bool=None, # raise a `RuntimeError` where the three do not make a matrix; None: torch's setting
 )->torch.Tensor:
     "A square sparse CSR tensor, without the warning that torch calls this layout beta"
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Sparse (CSR|invariant)')
-        return torch.sparse_csr_tensor(crow, col, values, size=(n, n))
+        return torch.sparse_csr_tensor(crow, col, values, size=(n, n), check_invariants=check)
 
 
 def _rows(crow, nnz):

@@ -22,6 +22,7 @@ from fastai.tabular.core import Tabular
 from fastai.torch_core import TensorImageBase, show_image
 from fastai.vision.core import PILBase
 
+from .files import read_json_lines, read_npz, written_whole
 from .callback import _vocab
 from .curation import label_issues, suggest
 from .graph import affinity
@@ -143,7 +144,7 @@ class LPInterpretation:
     ):
         "From a run of `lp_train` with ω and ζ, which keeps the pseudo-labels of some epochs beside its results; a `ValueError` where it has them not"
         fname = Path(fname)
-        runs = [r for r in map(json.loads, fname.read_text().splitlines()) if r['recipe']['omega'] and r['recipe']['zeta']]
+        runs = [r for _, r in read_json_lines(fname) if r['recipe']['omega'] and r['recipe']['zeta']]
         match = [r for r in runs if r['method'] == method and r['seed'] == seed and labels in (None, r['labels'])]
         if len(names := sorted({r['name'] for r in match})) > 1: raise ValueError(f"{fname} has several runs of {method!r} with seed {seed}: {', '.join(names)}; pass labels=, or load a file that a line names")
         if not match: raise ValueError(f"no run of {method!r} with seed {seed} in {fname}: it has {sorted({(r['method'], r['seed']) for r in runs})}")
@@ -165,12 +166,10 @@ class LPInterpretation:
         fname, # what `save`, or `PseudoLabels.save`, wrote
         dl=None, # a DataLoader of the same items, to show them
     ):
-        "Read it back; nothing in the file is executed"
-        with np.load(fname, allow_pickle=False) as f:
-            more = {k: f[k] for k in ('truth', 'items') if k in f}
-            vocab = f['vocab'].tolist() if 'vocab' in f else None
-            history = json.loads(f['history'].item()) if 'history' in f else []
-        return cls(PseudoLabels.load(fname), history, vocab=vocab, dl=dl, **more)
+        "Read it back; nothing in the file is executed. A `ValueError` where it was cut off, damaged or changed"
+        pseudo, f = PseudoLabels.load(fname), read_npz(fname)
+        more = {k: f[k] for k in ('truth', 'items') if k in f}
+        return cls(pseudo, json.loads(f['history'].item()) if 'history' in f else [], vocab=f['vocab'].tolist() if 'vocab' in f else None, dl=dl, **more)
 
     def to_df(self)->pd.DataFrame:
         "A row per item: item, label (missing where no label reaches), certainty ω, weight ω·ζ, labeled, reached, and truth where known"
@@ -184,7 +183,7 @@ class LPInterpretation:
         fname, # path of the file
     )->Path:
         "`to_df` as a file: the hand-off to whatever uses the labels. The label of an unreached item is empty"
-        self.to_df().to_csv(fname, index=False)
+        with written_whole(fname) as f: self.to_df().to_csv(f, index=False)
         return Path(fname)
 
     def plot_certainty(self, ax=None, bins:int=25):

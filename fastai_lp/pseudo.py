@@ -8,7 +8,6 @@ __all__ = ['certainty', 'class_weights', 'PseudoLabels', 'from_scores', 'check_l
 
 # %% ../nbs/02_pseudo.ipynb #4e06fc14
 import math
-import os
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.meta import delegates
 
+from .files import read_npz, written_whole
 from .search import as_rows, blocks, default_k, index_for, reporting, unit_rows
 from .warm import Neighbors
 from .graph import affinity, csr, normalize
@@ -89,35 +89,38 @@ class PseudoLabels:
         return pd.DataFrame({k: v.cpu().numpy() for k, v in cols.items()})
 
     def save(self,
-        fname, # path of the .npz file; written whole or not at all
+        fname, # path of the .npz file
         **more, # further arrays to put beside
     )->Path:
-        "Save as .npz, without pickle"
+        "Save as .npz, without pickle; whole, with a checksum, or not at all (see `files.written_whole`)"
         fname = Path(fname)
         d = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items() if k not in ('seconds', 'graph', 'W') and v is not None}
         d.update({f'{o}_{k}': v for o in ('seconds', 'graph') for k, v in getattr(self, o).items()}, **more)
         if self.W is not None: d.update(W=self.W.values().cpu().numpy(), W_crow=self.W.crow_indices().cpu().numpy(), W_col=self.W.col_indices().int().cpu().numpy())
-        tmp = fname.with_name(f'{fname.name}.{os.getpid()}.tmp')
-        try:
-            with open(tmp, 'wb') as f: np.savez_compressed(f, **d)
-            os.replace(tmp, fname)
-        except BaseException:
-            tmp.unlink(missing_ok=True)
-            raise
+        with written_whole(fname, checksum=True) as f: np.savez_compressed(f, **d)
         return fname
 
     @classmethod
     def load(cls,
         fname, # what `save` wrote
     ):
-        "Load what `save` wrote; nothing in the file is executed"
-        with np.load(fname, allow_pickle=False) as f:
-            d = {o.name: f[o.name] for o in fields(cls) if o.name in f}
+        "Load what `save` wrote; nothing in the file is executed. A `ValueError` where it was cut off, damaged or changed, or its arrays do not fit each other"
+        f = read_npz(fname, checksum=True)
+        try:
+            d = {k: torch.from_numpy(v) if v.ndim else v.item() for k, v in f.items() if k in (o.name for o in fields(cls))}
             seconds, graph = ({k.removeprefix(o): f[k].item() for k in f if k.startswith(o)} for o in ('seconds_', 'graph_'))
-            W = [f[k].astype(np.int64) for k in ('W_crow', 'W_col') if k in f]
-        d = {k: torch.from_numpy(v) if v.ndim else v.item() for k, v in d.items()}
-        if 'W' in d: d['W'] = csr(*(torch.from_numpy(o) for o in W), d['W'], len(d['labels']))
-        return cls(**d, seconds=seconds, graph=graph)
+            if 'W' in d: d['W'] = csr(*(torch.from_numpy(f[k].astype(np.int64)) for k in ('W_crow', 'W_col')), d['W'], len(d['labels']), check=True)
+            return cls(**d, seconds=seconds, graph=graph)._fitting()
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as e: raise ValueError(f"{fname}: these are no pseudo-labels ({e})") from e
+
+    def _fitting(self):
+        "The same; a `ValueError` where its tensors do not fit each other"
+        n, c = len(self.labels), len(self.class_weights)
+        for name, o, shape, dtype in (('labels', self.labels, [n], torch.int64), ('certainty', self.certainty, [n], torch.float32), ('class_weights', self.class_weights, [c], torch.float32),
+                                      ('labeled', self.labeled, [n], torch.bool), ('reached', self.reached, [n], torch.bool), ('Z', self.Z, [n, c], torch.float32), ('W', self.W, [n, n], torch.float32)):
+            if o is not None and (list(o.shape), o.dtype) != (shape, dtype): raise ValueError(f"{name} has shape {list(o.shape)} and type {o.dtype}: expected {shape}, {dtype}")
+        if n and not (self.labels.min() >= -1 and self.labels.max() < c): raise ValueError(f"labels outside −1 to {c-1}")
+        return self
 
 # %% ../nbs/02_pseudo.ipynb #2a7ec515
 def from_scores(

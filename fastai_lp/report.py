@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import call_parse
 
+from .files import written_whole
 from .experiments import read_lines, row_name, test_error
 from .recipes import OF_STAGE2, RECIPES
 
@@ -178,4 +179,5 @@ def lp_tables(
     try: text = tables(read_runs(results))
     except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e))
     print(text)
-    if out: Path(out).write_text(text + '\n')
+    if out:
+        with written_whole(out) as f: f.write((text + '\n').encode())

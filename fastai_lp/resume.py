@@ -7,8 +7,9 @@ __all__ = ['ResumeCallback']
 
 # %% ../nbs/15_resume.ipynb #9b4737e6
 import hashlib
-import os
+import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_random_states, set_random_states
 
+from .files import checked, written_whole
 from .callback import FitScoped, LPCallback
 from .data import TwoStream
 from .distributed import of_all, place, unwrapped
@@ -58,6 +60,9 @@ def _plain(o):
     return o.item() if isinstance(o, np.generic) else o
 
 
+class _Enough(Exception): pass
+
+
 def _number(o): return None if o is None else float(o)
 
 
@@ -81,7 +86,7 @@ def _pack(pseudo):
 
 def _unpack(d):
     W = d['W']
-    return PseudoLabels(**{**d, 'W': None if W is None else csr(*W, len(d['labels']))})
+    return PseudoLabels(**{**d, 'W': None if W is None else csr(*W, len(d['labels']), check=True)})._fitting()
 
 
 def _data_of(dls):
@@ -99,7 +104,10 @@ class ResumeCallback(FitScoped):
     done before appear in fastai's table as they were. A fit that is resumed must be the same fit: same data, model and number
     of epochs, else a `ValueError` says what differs, and nothing is changed. A fit that was complete is not trained again.
     An own callback with a state of its own is not in the file. With several processes the first one writes it, with the random
-    numbers of all, and all must see it; there must be as many of them again."""
+    numbers of all, and all must see it; there must be as many of them again.
+
+    A place that cannot be written to is an `OSError` before the first epoch. Where the disk is full later, a warning says so, the
+    training goes on, and the next epoch tries again. A file that was damaged or changed is a `ValueError`; no pickle is executed."""
     order = 95  # after all that belongs to an epoch
 
     def __init__(self,
@@ -120,10 +128,11 @@ class ResumeCallback(FitScoped):
         if self._inference or hasattr(self.learn, 'lr_finder'): return
         self.restore()
         rank, world = place(self.dls.train)
-        s = torch.load(self.fname, map_location='cpu', weights_only=True) if self.fname.exists() else None
+        s = self._read() if self.fname.exists() else None
         if world > 1 and len(set(of_all(s and s['epoch']))) > 1: raise ValueError(f"not all processes see the same file {self.fname}: name a path that all machines share")
+        if s is not None: self._check(s)
+        if rank == 0 and (s is None or s['epoch'] < self.n_epoch): self._try_to_write()
         if s is None: return
-        self._check(s)
         self._done, self._saved = s['epoch'], s
         unwrapped(self.learn.model).load_state_dict(s['model'])
         _set_optimizer_state(self.learn.opt, s['opt'])
@@ -137,6 +146,20 @@ class ResumeCallback(FitScoped):
         self.learn.train_iter = s['train_iter']
         for cb in self._of(TrackerCallback): cb.run = False  # they have seen these epochs
         if rank == 0: print(f"{self.fname}: {self._done} of {self.n_epoch} epochs are done")
+
+    def _read(self):
+        checked(self.fname)
+        try: return torch.load(self.fname, map_location='cpu', weights_only=True)
+        except (RuntimeError, UnpicklingError, EOFError) as e: raise ValueError(f"{self.fname} is not a file of ResumeCallback's ({str(e).splitlines()[0]}): remove it, or name another") from e
+
+    def _try_to_write(self):
+        "Before the first epoch, rather than after it: a folder that is not there, a disk that is full"
+        try:
+            with written_whole(self.fname) as f:
+                f.write(bytes(2**16))
+                f.flush()
+                raise _Enough
+        except _Enough: pass
 
     def _fit_of(self):
         "What must be the same for a run to go on"
@@ -192,14 +215,10 @@ class ResumeCallback(FitScoped):
             recorder=dict(lrs=[float(o) for o in rec.lrs], iters=list(rec.iters), losses=torch.tensor([float(o) for o in rec.losses]),
                           values=[[_number(o) for o in row] for row in rec.values], count=rec.smooth_loss.count, val=rec.smooth_loss.val.cpu()),
             random=random)
-        tmp = self.fname.with_name(f'{self.fname.name}.{os.getpid()}.tmp')
-        self.fname.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.save(_plain(state), tmp)
-            os.replace(tmp, self.fname)
-        except BaseException:
-            tmp.unlink(missing_ok=True)
-            raise
+            with written_whole(self.fname, checksum=True) as f: torch.save(_plain(state), f)
+        except OSError as e:
+            warnings.warn(f"{e}. The training goes on, and the next epoch tries again: until then a run that stops goes on from an earlier epoch")
 
     def after_fit(self):
         if not self._inference: self.restore()

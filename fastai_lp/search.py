@@ -36,13 +36,16 @@ def as_rows(
 )->torch.Tensor:
     "`x` as a float32 tensor [n, d] on its own device; a `ValueError` names the rows that are not finite"
     if not isinstance(x, torch.Tensor):
+        if (kind := np.asarray(x).dtype).kind not in 'fiu': raise ValueError(f"features are of type {kind}: expected real numbers, one row per item")
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')  # nor is it written to
+            warnings.filterwarnings('ignore', message='overflow encountered in cast')  # said below, with the items
             x = torch.from_numpy(np.require(x, dtype=np.float32, requirements=['C']))
+    if x.is_complex() or x.dtype == torch.bool: raise ValueError(f"features are of type {x.dtype}: expected real numbers, one row per item")
     x = x.detach().as_subclass(torch.Tensor).float().contiguous()
-    if x.ndim != 2: raise ValueError(f"features have shape {tuple(x.shape)}: expected one row per item, [n, d]; flatten the rest")
+    if x.ndim != 2 or not x.shape[1]: raise ValueError(f"features have shape {tuple(x.shape)}: expected one row per item, [n, d] with d of at least 1; flatten the rest")
     if bad := rows_not_finite(x):
-        raise ValueError(f"features of item(s) {bad} are NaN or infinite: look at these items, or lower the learning rate if training has diverged")
+        raise ValueError(f"features of item(s) {bad} are NaN, infinite, or too large for float32: look at these items, or lower the learning rate if training has diverged")
     return x
 
 
@@ -51,8 +54,12 @@ def unit_rows(
 )->torch.Tensor: # [n, d]; `x` itself where its rows have length 1 (to 1e-5) or 0 already
     "The rows ℓ2-normalised; a zero row stays zero"
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    if (((norm-1).abs() <= 1e-5) | (norm == 0)).all(): return x
-    return x/norm.clamp(min=1e-12)
+    odd = ((norm < 1e-15) | (norm > 1e15)).flatten().nonzero().flatten()  # their squares leave the range of float32
+    odd = odd[(x[odd] != 0).any(1)]
+    if not len(odd) and (((norm-1).abs() <= 1e-5) | (norm == 0)).all(): return x
+    res = x/torch.where(norm > 0, norm, 1)
+    if len(odd): res[odd] = (v := x[odd]/x[odd].abs().amax(1, keepdim=True))/torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    return res
 
 # %% ../nbs/00_search.ipynb #58c92610
 _report, _shares = ContextVar('report', default=None), ContextVar('shares', default=None)

@@ -1,8 +1,14 @@
-"Small learners on made-up data, seconds each."
+"Small learners on made-up data, seconds each; the profile of the property tests; the docs' table of faults, made from what the tests saw."
+import json
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import settings
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import Datasets
 from fastai.learner import Learner
@@ -12,6 +18,8 @@ from torch import nn
 
 from fastai_lp.data import SemiCategorize
 
+settings.register_profile('fastai_lp', deadline=None, derandomize='CI' in os.environ)
+settings.load_profile('fastai_lp')
 torch.set_num_threads(1)  # small work: more threads only wait for each other, and round differently
 
 
@@ -58,3 +66,59 @@ def data(): return blobs()
 
 @pytest.fixture
 def learn(tmp_path): return blob_learner(path=tmp_path)
+
+
+# The table of faults
+
+TABLE = Path(__file__).resolve().parents[1]/'nbs'/'faults.json'
+
+
+def pytest_addoption(parser): parser.addoption('--write-faults', action='store_true', help='write the table of the docs from what tests/test_faults.py saw')
+
+
+class Shows:
+    "What a test saw happen: rows of the table in the docs. A message is the one that came, not one that was typed"
+    def __init__(self, test, folder): self.test, self.folder, self.rows = test, folder, []
+
+    def row(self, group, what, happens):
+        happens = re.sub(r"Exception occured in `\w+` when calling event `\w+`:\s*", '', happens)  # fastai's
+        happens = re.sub(r'[\d.]+ GB (are )?free', '… GB free', happens.replace(f'{self.folder}', 'FOLDER'))
+        self.rows.append(dict(group=group, what=what, happens=' '.join(happens.split()), test=self.test))
+
+    def result(self, group, what, happens): self.row(group, what, happens)
+
+    @contextmanager
+    def error(self, group, what, match, error=ValueError):
+        with pytest.raises(error, match=match) as e: yield e
+        self.row(group, what, f'`{type(e.value).__name__}`: {e.value.args[0] if isinstance(e.value, KeyError) else e.value}')
+
+    @contextmanager
+    def warning(self, group, what, match, then):
+        with pytest.warns(UserWarning, match=match) as w: yield
+        said = next(str(o.message) for o in w if re.search(match, str(o.message)))
+        self.row(group, what, f'{then} Warning: {said}')
+
+
+@pytest.fixture
+def shows(request, tmp_path):
+    res = Shows(request.node.name, tmp_path)
+    yield res
+    if request.node.stash.get(PASSED, False): request.session.stash.setdefault(ROWS, []).extend(res.rows)
+
+
+PASSED, ROWS = pytest.StashKey(), pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    rep = yield
+    if rep.when == 'call': item.stash[PASSED] = rep.passed
+    return rep
+
+
+@pytest.fixture
+def table(request):
+    "(rows that the tests run so far showed, those of the committed file); with --write-faults the file is written first"
+    found = request.session.stash.get(ROWS, [])
+    if request.config.getoption('--write-faults'): TABLE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + '\n')
+    return found, json.loads(TABLE.read_text())
