@@ -7,7 +7,6 @@ __all__ = ['augmentations', 'BatchAugment', 'ImageTable', 'ImageTableDL', 'image
 
 # %% ../nbs/21a_batches.ipynb #323d644e
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
@@ -204,7 +203,6 @@ class LossOnDevice(FitScoped):
         self._recorder, self._progress = recorder, getattr(self.learn, 'progress', None)
         recorder.smooth_loss.__class__ = _SmoothLossOnDevice
         if self._progress is not None: vars(self._progress)['after_batch'] = self._show
-        self.learn._with_events = partial(self._watch, self.learn._with_events)
 
     def _show(self):
         "Stands for the progress bar's `after_batch`, which asks for the loss"
@@ -229,7 +227,6 @@ class LossOnDevice(FitScoped):
     def restore(self):
         "Recorder and progress bar as they were, the losses fetched; harmless where nothing is to be put back"
         if self._recorder is None: return
-        self.learn.__dict__.pop('_with_events', None)
         if self._progress is not None: vars(self._progress).pop('after_batch', None)
         self._recorder.smooth_loss.__class__ = AvgSmoothLoss
         try: self._fetch()

@@ -14,10 +14,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.callback.core import Callback, CancelFitException, Stateful
 from fastai.data.load import DataLoader
-from fastai.learner import ValueMetric
+from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import progress_bar
 
 from .data import TwoStream, is_unlabeled, targets_of, warn_of_unlabeled_validation, _how_to_unlabel
@@ -83,13 +84,22 @@ class FitScoped(Callback):
     @property
     def _inference(self): return self.learn.lock.locked()  # validate, predict, get_preds: fastai holds the lock, and fires before_fit and before_epoch
 
-    def _watch(self, inner, f, event_type, *args, **kwargs):
-        "Stands for the Learner's `_with_events`, `inner`, and restores at once where an error ends an epoch"
-        try: return inner(f, event_type, *args, **kwargs)
-        except CancelFitException: raise
-        except BaseException:
-            if event_type == 'epoch': self.restore()
-            raise
+
+_fastais = getattr(Learner._with_events, 'fastais', Learner._with_events)  # a module that is loaded again does not wrap twice
+
+
+@patch
+def _with_events(self:Learner, f, event_type, *args, **kwargs):
+    "As fastai's; where an error ends a fit, for which fastai has no event, every `FitScoped` callback restores at once"
+    try: return _fastais(self, f, event_type, *args, **kwargs)
+    except CancelFitException: raise
+    except BaseException:
+        if event_type in ('epoch', 'fit'):
+            for cb in list(self.cbs):
+                if isinstance(cb, FitScoped): cb.restore()
+        raise
+
+Learner._with_events.fastais = _fastais
 
 # %% ../nbs/13_callback.ipynb #5f8c4bed
 @delegates(Diffusion)
@@ -134,13 +144,13 @@ class LPCallback(FitScoped):
         self._check(fit)
         self._fit = fit
         self.learn.lp_record = self.record
-        self.learn._with_events = partial(self._watch, self.learn._with_events)
         if not fit.lr_find: self.learn.metrics = self.metrics + self._columns()
 
     def _check(self, fit):
         learn, dl = self.learn, fit.dl
         if not isinstance(dl, DataLoader) or dl.bs is None:
             raise ValueError(f"the training DataLoader is {type(dl).__name__}: expected one of fastai's with a batch size; make it with DataLoaders.from_dsets")
+        if not len(dl): raise ValueError(f"an epoch has no batch: {len(dl.dataset)} training items, a batch size of {dl.bs} and drop_last; take smaller batches")
         if not hasattr(learn.dls, 'c'): raise ValueError("the DataLoaders do not say how many classes there are: set dls.c")
         y = dl.targets if isinstance(dl, TwoStream) else targets_of(dl)
         if not isinstance(dl, TwoStream): warn_of_unlabeled_validation(learn.dls)  # two streams have been told so when they were made
@@ -272,7 +282,6 @@ class LPCallback(FitScoped):
         "Put back all that a fit changes (loss, order, mode of the data, metrics); harmless where nothing is to be put back"
         self.learn.loss_func = unwrap_loss(self.learn.loss_func)
         if self._fit is None: return
-        self.learn.__dict__.pop('_with_events', None)
         self._fit.thaw()
         if isinstance(self._fit.dl, TwoStream): self._fit.dl.labeled_only, self._fit.dl.ranks = False, 1
         self.learn.metrics = [m for m in self.learn.metrics if not (isinstance(m, ValueMetric) and m.name.startswith('lp_'))]
@@ -298,6 +307,7 @@ def _memory_advice(n, d, c, labeler):
     try: yield
     except Exception as e:
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and any(o in str(e).lower() for o in ('out of memory', 'bad_alloc', "can't allocate memory")):
+            if not e.args: e.args = 'out of memory',  # fastai, which adds to the message, wants one
             settings = {o: getattr(labeler, o) for o in ('k', 'keep_Z', 'index') if hasattr(labeler, o)}
             e.add_note(f"LPCallback: the pseudo-labels of {n} items, {d} numbers per descriptor and {c} classes take about {peak_memory(n, d, c, **settings)/1e9:.1f} GB. "
                        "A smaller k=, or keep_Z=False, takes less; backend='faiss' computes the neighbours on the CPU where FAISS sees no GPU. Nothing of the Learner was changed: fit it again")

@@ -123,7 +123,6 @@ class MeanTeacherCallback(FitScoped):
         self.learn.mt_record = self.record
         dl.two_views()
         self._on, self._base_epochs = dl, self.record.epochs
-        self.learn._with_events = partial(self._watch, self.learn._with_events)
         self._mets = [deepcopy(m) for m in self.metrics if not isinstance(m, ValueMetric)]
         self.learn.metrics = self.metrics + [ValueMetric(partial(_value, m), f'teacher_{m.name}') for m in self._mets]
 
@@ -200,7 +199,6 @@ class MeanTeacherCallback(FitScoped):
     def restore(self):
         "One view again, and the Learner's own metrics; harmless where nothing is to be put back"
         if self._on is None: return
-        self.learn.__dict__.pop('_with_events', None)
         self._on.two_views(False)
         self._on.ranks = 1
         self.learn.metrics = [m for m in self.learn.metrics if not (isinstance(m, ValueMetric) and m.name.startswith('teacher_'))]

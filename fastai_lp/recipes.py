@@ -140,7 +140,6 @@ class _Keep(Callback):
 class _BFloat16(FitScoped):
     "Autocast to bfloat16 on the device of the data; fastai's `MixedPrecision` knows CUDA alone"
     order, cast = 10, None  # as MixedPrecision
-    def before_fit(self): self.learn._with_events = partial(self._watch, self.learn._with_events)
     def before_batch(self):
         self.cast = torch.autocast(self.dls.device.type, torch.bfloat16)
         self.cast.__enter__()
@@ -151,10 +150,7 @@ class _BFloat16(FitScoped):
         if self.cast is not None: self.cast.__exit__(None, None, None)
         self.cast = None
     after_batch = after_cancel_batch = leave
-    def restore(self):
-        self.leave()
-        self.learn.__dict__.pop('_with_events', None)
-    after_fit = restore
+    restore = after_fit = leave
 
 
 class _Watch(Callback):

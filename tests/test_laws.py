@@ -109,8 +109,10 @@ def scores(draw, dtype=np.float32, c=st.integers(2, 12)):
     "Z [n, c] ≥ 0, of large and small entries, zeros, rows of zeros"
     n, c = draw(st.integers(1, 12)), draw(c)
     low = float(np.float32(1e-6))
-    Z = draw(tensors((n, c), st.just(0.) | st.floats(low, 1, width=np.dtype(dtype).itemsize*8), dtype))
-    return Z*(draw(tensors(n, st.integers(0, 3))) > 0)[:, None]
+    entries = st.floats(low, 1, width=np.dtype(dtype).itemsize*8)
+    Z = draw(tensors((n, c), entries | entries | st.just(0.), dtype))
+    Z[draw(st.lists(st.integers(0, n-1), max_size=3))] = 0
+    return Z
 
 
 @st.composite
@@ -204,13 +206,13 @@ def check_same(p, q, graph=False):
     "Pseudo-labels are the same to rounding, labels where the best score stands out"
     scale = p.Z.max()
     if graph: torch.testing.assert_close(q.W.to_dense(), p.W.to_dense(), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(q.Z, p.Z, rtol=0, atol=1e-3*scale.item())
+    torch.testing.assert_close(q.Z, p.Z, rtol=0, atol=3e-4*scale.item())
     assert torch.equal(q.reached, p.reached) and torch.equal(q.labeled, p.labeled)
     top = F.pad(p.Z, (0, 1)).topk(2)[0]
-    clear = (top[:, 0]-top[:, 1] > .01*scale) | p.labeled | ~p.reached
+    clear = (top[:, 0]-top[:, 1] > .003*scale) | p.labeled | ~p.reached
     assert torch.equal(q.labels[clear], p.labels[clear])
     clear &= top[:, 0] > .1*scale
-    torch.testing.assert_close(q.certainty[clear], p.certainty[clear], rtol=0, atol=.05)
+    torch.testing.assert_close(q.certainty[clear], p.certainty[clear], rtol=0, atol=.01)
 
 
 @given(clear_problems(), samples)
@@ -298,7 +300,7 @@ def test_a_further_label_lowers_no_score_of_its_class(problem, alpha, data):
 
 def on_k2(n, a):
     "(I − αS)⁻¹ = [[1, α], [α, 1]]/(1−α²)"
-    return torch.tensor([[1, a], [a, 1]]).double()/(1-a*a)
+    return torch.tensor([[1, a], [a, 1]], dtype=torch.float64)/(1-a*a)
 
 
 def on_complete(n, a):
@@ -384,14 +386,14 @@ def test_certainty_of_a_scaled_row(Z, data):
 
 @given(scores(c=st.integers(1, 12)), st.data())
 def test_scores_block_by_block_are_those_of_the_whole(Z, data):
-    "Whatever the blocks, for rows of any size: the same ω, the same best score"
+    "Whatever the blocks, for rows of any size: the same ω, the same best class, the first of equal ones"
     n, c = Z.shape
     Z = (Z*10**data.draw(tensors((n, 1), st.floats(-30, 30)), 'powers of ten')).float()
     ends = sorted({c, *data.draw(st.sets(st.integers(1, c)), 'ends of blocks')})
     rows = _Rows(n, 'cpu')
     for a, b in zip([0, *ends], ends): rows.add(Z[:, a:b], a)
     torch.testing.assert_close(rows.certainty(c), certainty(Z), rtol=0, atol=1e-5)
-    assert torch.equal(rows.peak, Z.amax(1)) and torch.equal(Z.gather(1, rows.top[:, None])[:, 0], rows.peak)
+    assert torch.equal(rows.peak, Z.amax(1)) and torch.equal(rows.top, Z.argmax(1))
 
 
 @given(problems(), options)

@@ -3,6 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.transforms import ColReader, ColSplitter
 from fastai.learner import Learner
@@ -109,3 +110,37 @@ def test_folder_names(tmp_path, monkeypatch, leaks, repeat):
         with learn.no_bar(), learn.no_logging(): return run_of(learn, LPCallback())
     # where names repeat, the two images of a name change places
     assert same(run(tmp_path/'one', lambda i: False), run(tmp_path/'two', lambda i: i//2 % 3 == 0)) != leaks
+
+
+class Peeks(Callback):
+    "Lets the model see the validation items in training mode: its BatchNorm statistics, and so the descriptors, know of them"
+    def before_train(self): self.learn.model(self.dls.valid.one_batch()[0])
+
+
+@pytest.mark.parametrize('leaks', [False, True])
+def test_validation_items(leaks):
+    "Other inputs and labels in the validation set: no item of it is in the graph, and nothing that is trained changes"
+    def run(other):
+        data = blobs(spread=1.5)
+        if other: data.x[120:], data.labels[120:] = 3*torch.randn(30, 8, generator=torch.Generator().manual_seed(4)), data.labels[120:][::-1]
+        learn = blob_learner(data, cbs=Peeks() if leaks else None)
+        res = run_of(learn, LPCallback())
+        assert len(learn.lp_record.pseudo.labels) == len(learn.lp_record.pseudo.W) == 120
+        return res
+    assert same(run(False), run(True)) != leaks
+
+
+@pytest.mark.parametrize('leaks', [False, True])
+def test_other_columns_of_a_dataframe(tmp_path, leaks):
+    "from_df reads the column of the labels and no other; the planted leak names the other"
+    rng = np.random.default_rng(0)
+    for i in range(40): Image.fromarray((80*(i % 2) + rng.integers(0, 120, (16, 16, 3))).astype('uint8')).save(tmp_path/f'{i}.png')
+    def run(truth):
+        df = pd.DataFrame(dict(file=[f'{i}.png' for i in range(40)], label=['ab'[i % 2] if i < 16 else None for i in range(40)], class_name=truth, parent=truth))
+        set_seed(0, reproducible=True)
+        dls = SemiImageDataLoaders.from_df(df, tmp_path, seed=0, label_col='class_name' if leaks else 'label', bs=8, num_workers=0, device='cpu')
+        learn = Learner(dls, nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)))
+        with learn.no_bar(), learn.no_logging(): return run_of(learn, LPCallback())
+    truth = ['ab'[i % 2] for i in range(40)]
+    some = [o if i % 5 else None for i, o in enumerate(truth)]
+    assert same(run(some), run([o if i < 16 or o is None else 'ab'[o == 'a'] for i, o in enumerate(some)])) != leaks
