@@ -310,7 +310,7 @@ def _memory_advice(n, d, c, labeler):
             if not e.args: e.args = 'out of memory',  # fastai, which adds to the message, wants one
             settings = {o: getattr(labeler, o) for o in ('k', 'keep_Z', 'index') if hasattr(labeler, o)}
             e.add_note(f"LPCallback: the pseudo-labels of {n} items, {d} numbers per descriptor and {c} classes take about {peak_memory(n, d, c, **settings)/1e9:.1f} GB. "
-                       "A smaller k=, or keep_Z=False, takes less; backend='faiss' computes the neighbours on the CPU where FAISS sees no GPU. Nothing of the Learner was changed: fit it again")
+                       "A smaller k=, or keep_Z=False, takes less. The Learner is as it was before this epoch: fit it again")
         raise
 
 

@@ -57,7 +57,8 @@ def _solve(S, Y, alpha, max_iter, tol, x0):
     Z = torch.zeros_like(Y) if x0 is None else x0.clone(memory_format=torch.contiguous_format)
     r = Y.clone() if x0 is None else Y - A(Z)
     norm2 = (Y*Y).sum(0)
-    n_iter = _cg(A, Z, r, tol**2*norm2, max_iter, ask=Y.device.type == 'cpu')
+    least = torch.finfo(Y.dtype).tiny/torch.finfo(Y.dtype).eps  # below it p·Ap, by which CG divides, leaves the range of numbers
+    n_iter = _cg(A, Z, r, (tol**2*norm2).clamp(min=least), max_iter, ask=Y.device.type == 'cpu')
     r = Y - A(Z)
     return Z, n_iter, torch.where(norm2 > 0, (r*r).sum(0)/norm2, 0).sqrt()
 

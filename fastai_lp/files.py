@@ -20,6 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+try: import fcntl
+except ImportError: fcntl = None  # Windows
+
 # %% ../nbs/00_files.ipynb #81a19980
 def _what_to_do(e, fname, what):
     "The same error, with what to do about it"
@@ -134,6 +137,12 @@ def read_npz(
         raise ValueError(f"{fname}: this is not a whole .npz file of plain arrays ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/00_files.ipynb #5492791e
+def _lock(f, how):
+    "Until the file is closed: a line that another program is writing is no half line. Nothing where there are no locks"
+    if fcntl is None: return
+    with suppress(OSError): fcntl.flock(f, getattr(fcntl, how))
+
+
 def _sha256_of(o): return hashlib.sha256(json.dumps(o, sort_keys=True).encode()).hexdigest()
 
 
@@ -145,6 +154,7 @@ def append_json_line(
     fname, data = Path(fname), json.dumps({**o, 'sha256': _sha256_of(o)}).encode() + b'\n'
     try:
         with open(fname, 'a+b', buffering=0) as f:
+            _lock(f, 'LOCK_EX')
             size = f.seek(0, 2)
             f.seek(0)
             if size and not (old := f.read()).endswith(b'\n'): f.truncate(size := old.rfind(b'\n')+1)
@@ -165,7 +175,9 @@ def read_json_lines(
     """What `append_json_line` wrote, or lines of JSON without SHA-256.
 
     A half line at the end, of a program that was killed, is left out with a warning; a `ValueError` names a line that is not JSON, or was changed after it was written."""
-    found, lines = [], Path(fname).read_text(encoding='utf-8', errors='replace').split('\n')
+    with open(fname, encoding='utf-8', errors='replace') as f:
+        _lock(f, 'LOCK_SH')
+        found, lines = [], f.read().split('\n')
     if lines.pop(): warnings.warn(f"{fname}: the last line is cut off, and left out; the program that was to write it will write it again")
     for i, line in enumerate(lines, 1):
         if not line.strip(): continue

@@ -46,8 +46,8 @@ def class_weights(
     "ζ, inverse to the number of items of each class"
     count = torch.bincount(labels[labels >= 0], minlength=n_classes).float()
     zeta = torch.where(count > 0, 1/count, 0)
-    if norm == 'items': return zeta*count.sum()/(count > 0).sum()
-    return zeta/zeta.mean()
+    if norm == 'items': return zeta*count.sum()/(count > 0).sum().clamp(min=1)
+    return zeta/zeta.mean() if zeta.any() else zeta
 
 # %% ../nbs/02_pseudo.ipynb #c718b5eb
 @dataclass

@@ -150,7 +150,8 @@ class ResumeCallback(FitScoped):
     def _read(self):
         checked(self.fname)
         try: return torch.load(self.fname, map_location='cpu', weights_only=True)
-        except (RuntimeError, UnpicklingError, EOFError) as e: raise ValueError(f"{self.fname} is not a file of ResumeCallback's ({str(e).splitlines()[0]}): remove it, or name another") from e
+        except UnpicklingError as e: raise ValueError(f"{self.fname} holds more than numbers and text, so it is not a file of ResumeCallback's, and nothing of it was executed: remove it, or name another") from e
+        except (RuntimeError, EOFError) as e: raise ValueError(f"{self.fname} is not a file of ResumeCallback's ({str(e).splitlines()[0]}): remove it, or name another") from e
 
     def _try_to_write(self):
         "Before the first epoch, rather than after it: a folder that is not there, a disk that is full"

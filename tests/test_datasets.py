@@ -1,6 +1,6 @@
 "Image sets: readers, and which labels are shown."
 import io
-import tempfile
+import os
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +99,9 @@ def test_decoded_once(tmp_path, monkeypatch):
     assert len(cifar10(tmp_path).images) == 12 and len(calls) == 5
     (tmp_path/'decoded-32x32.npz').unlink()
     def refuse(*args, **kwargs): raise PermissionError('read-only')
-    monkeypatch.setattr(tempfile, 'mkstemp', refuse)
+    monkeypatch.setattr(os, 'replace', refuse)
     assert len(cifar10(tmp_path).images) == 12 and not (tmp_path/'decoded-32x32.npz').exists()
-    assert not list(tmp_path.glob('*.part'))
+    assert not list(tmp_path.glob('*.tmp'))
 
 
 def test_a_part_of_a_set(encoded):

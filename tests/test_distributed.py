@@ -150,7 +150,7 @@ def teachers(rank, path):
 def resumed(rank, path):
     def cbs(file): return [LPCallback(warmup=1, refresh='auto', min_recall=.5), MeanTeacherCallback(), ResumeCallback(path/file)]
     with patch('fastai_lp.resume.torch.save', wraps=torch.save) as save: res = dict(through=fit(learner(path, seed=rank), 4, cbs('through.pth')))
-    res['saved'] = sum(isinstance(o.args[1], Path) for o in save.call_args_list)  # torch also saves what is sent
+    res['saved'] = sum(hasattr(o.args[1], 'name') for o in save.call_args_list)  # torch also saves what is sent
     try: fit(learner(path, seed=rank), 4, [*cbs('off.pth'), Off()])
     except KeyboardInterrupt: pass
     res['names'] = list(torch.load(path/'off.pth', weights_only=True)['model'])

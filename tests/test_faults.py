@@ -158,7 +158,7 @@ def test_hundreds_of_classes(shows):
     learn = blob_learner(data)
     learn.fit(1, cbs=LPCallback())
     assert len(learn.lp_record.pseudo.class_weights) == 200
-    shows.result(LABELS, 'hundreds of classes', 'As few; `keep_Z=False` saves the n × c scores.')
+    shows.result(LABELS, 'hundreds of classes', 'The same as with a few; `keep_Z=False` does without the n × c scores.')
 
 
 def test_truth_that_does_not_fit(shows, data):
@@ -184,19 +184,21 @@ def test_two_items_and_one(shows):
     with shows.error(DESCRIPTORS, 'one item', 'at least 2 items'): propagate(torch.ones(1, 3), torch.tensor([0]))
 
 
-@pytest.mark.parametrize('labeled', [True, False])
+@pytest.mark.parametrize('like_others', [True, False])
 @pytest.mark.parametrize('index', ['auto', 'HNSW16'])
-def test_thousands_of_duplicates(shows, labeled, index):
+def test_thousands_of_duplicates(shows, like_others, index):
     x, y, truth = clouds(300, spread=.05)
-    x, y, truth = torch.cat([x, x[4:5].repeat(3000, 1)]), torch.cat([y, torch.full((3000,), -1)]), torch.cat([truth, torch.ones(3000, dtype=torch.int64)])
-    if labeled: y[300] = 1
+    copies = x[4:5] if like_others else -torch.ones(1, 8)
+    x, y, truth = torch.cat([x, copies.repeat(3000, 1)]), torch.cat([y, torch.full((3000,), -1)]), torch.cat([truth, torch.ones(3000, dtype=torch.int64)])
     p = propagate(x, y, index=index)
-    twins = torch.arange(300, 3300)
-    assert (p.labels == truth)[p.reached].float().mean() > .95 and p.accuracy(truth) > ((.95 if index == 'auto' else .9) if labeled else .05)
-    if not p.reached[twins].all(): assert (p.weights[~p.reached] == 0).all() and (p.labels[~p.reached] == -1).all()
-    if not labeled and (~p.reached).sum() > 330: assert 'no label reaches' in advice(p)['reached']
-    if index == 'auto': shows.result(DESCRIPTORS, f"3,000 copies of one item, {'one of them labeled' if labeled else 'none labeled'}", "They are each other's nearest neighbours, all at the same distance: the graph has k of them for each. " + (
-        'The label goes to all of them.' if labeled else 'Where no other item names one of them, no label reaches them: weight 0, and a warning says how many.'))
+    assert p.reached[300:].all() == like_others == p.reached[300:].any() and (p.weights[~p.reached] == 0).all()
+    assert (p.labels == truth)[p.reached].float().mean() > .97 and (index != 'auto' or p.reached[:300].all())
+    if not like_others: assert 'no label reaches' in advice(p)['reached']
+    if index == 'auto': shows.result(DESCRIPTORS, f"3,000 copies of one item, {'which others are like' if like_others else 'which no other is like'}, none of them labeled", 'They are the nearest neighbours of each other. ' + (
+        'The label of the others reaches all of them (an approximate index such as HNSW may lose other items in the crowd, which then have weight 0).' if like_others else 'No label reaches them: label −1, weight 0, and a fit warns of it. One label among them reaches all.'))
+    if not like_others and index == 'auto':
+        y[300] = 1
+        assert (propagate(x, y).labels[300:] == 1).all()
 
 
 def test_constant_descriptors(shows):
@@ -370,7 +372,7 @@ def test_broken_pictures(shows, tmp_path, workers, what):
     before, i = flat_weights(learn), [str(o) for o in learn.dls.train.items].index(str(file))
     with shows.error(IMAGES, f'an image file is {what}, {workers} workers', rf'item\(s\) {i} of the training data cannot be read, the first \(.*ñ 30.png\)'): quiet(learn, 1, cbs=LPCallback())
     assert torch.equal(before, flat_weights(learn)) and not any(m._forward_hooks for m in learn.model.modules())
-    if what in ('no image', 'empty'): assert [Path(o) for o in verify_images(list(learn.dls.train.items))] == [file]
+    if what != 'not there': assert [Path(o) for o in verify_images(list(learn.dls.train.items))] == [file]
 
 
 def test_an_error_of_the_model_is_no_broken_item(data):
@@ -418,7 +420,7 @@ def test_pickles_are_not_executed(shows, tmp_path, monkeypatch):
     with fastai_lp.files.written_whole('p.npz', checksum=True) as out: np.savez(out, **{**f, 'labels': np.array([Bomb()]*30, dtype=object)})
     with shows.error(FILES, 'a pickle in a file of pseudo-labels', 'not a whole .npz file of plain arrays'): PseudoLabels.load('p.npz')
     with fastai_lp.files.written_whole('run.pth', checksum=True) as out: torch.save(dict(epoch=1, model=Bomb()), out)
-    with shows.error(FILES, 'a pickle in a file of `ResumeCallback`', "is not a file of ResumeCallback's"): blob_learner().fit(1, cbs=ResumeCallback('run.pth'))
+    with shows.error(FILES, 'a pickle in a file of `ResumeCallback`', 'holds more than numbers and text'): blob_learner().fit(1, cbs=ResumeCallback('run.pth'))
     Path('p.npz').write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match='cut off, damaged'): LPInterpretation.load('p.npz')
     assert not Path('executed').exists()
