@@ -6,6 +6,7 @@ unless --keep-losses is given, the tensors of past epochs are turned into number
 blocks of 25 epochs (neighbouring epochs are not independent), and what is left of hooks, callbacks, files and processes when the fit is over.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py --out benchmarks/results/soak.json
+    OMP_NUM_THREADS=1 python benchmarks/soak.py --plain --out benchmarks/results/soak_plain.json
 """
 import gc
 import json
@@ -70,6 +71,7 @@ def main(
     epochs:int=300, # of the fit
     start:int=50, # first epoch of the slope
     workers:int=2, # of the training data
+    plain:store_true=False, # fastai alone, on the same batches
     keep_losses:store_true=False, # leave fastai's list of losses as it is
     out:str=None, # write the result to this .json file
 ):
@@ -80,7 +82,7 @@ def main(
     learn = Learner(dls, small_convnet(10), metrics=accuracy)
     watch, before = Watch(start, keep_losses), now(learn)
     with tempfile.TemporaryDirectory() as tmp, learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(epochs, 3e-3, cbs=[LPCallback(), MeanTeacherCallback(), ResumeCallback(Path(tmp)/'run.pth'), watch])
+        learn.fit_one_cycle(epochs, 3e-3, cbs=([] if plain else [LPCallback(), MeanTeacherCallback(), ResumeCallback(Path(tmp)/'run.pth')]) + [watch])
         left = [o.name for o in Path(tmp).iterdir() if o.name != 'run.pth']
     after = now(learn)
     a, se = slope(watch.rows, start, max(1, min(25, (epochs-start)//4)))

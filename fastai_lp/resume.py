@@ -186,7 +186,7 @@ class ResumeCallback(FitScoped):
     def _take_up(self):
         "What the epochs that were left out would have changed"
         s, rec = self._saved, self.recorder
-        rec.lrs, rec.iters, rec.losses = list(s['recorder']['lrs']), list(s['recorder']['iters']), list(s['recorder']['losses'].unbind())
+        rec.lrs, rec.iters, rec.losses = s['recorder']['lrs'].tolist(), list(s['recorder']['iters']), list(s['recorder']['losses'].unbind())
         rec.smooth_loss.count, rec.smooth_loss.val = s['recorder']['count'], s['recorder']['val']
         for cb, o in zip(self._of(TrackerCallback), s['trackers']):
             vars(cb).update(o)
@@ -213,7 +213,7 @@ class ResumeCallback(FitScoped):
             mt=[cb.record.state_dict() for cb in self._of(MeanTeacherCallback)],
             scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else None,
             trackers=[dict(best=_number(cb.best), **({'wait': cb.wait} if hasattr(cb, 'wait') else {})) for cb in self._of(TrackerCallback)],
-            recorder=dict(lrs=[float(o) for o in rec.lrs], iters=list(rec.iters), losses=torch.tensor([float(o) for o in rec.losses]),
+            recorder=dict(lrs=torch.tensor([float(o) for o in rec.lrs], dtype=torch.float64), iters=list(rec.iters), losses=torch.tensor([float(o) for o in rec.losses]),
                           values=[[_number(o) for o in row] for row in rec.values], count=rec.smooth_loss.count, val=rec.smooth_loss.val.cpu()),
             random=random)
         try:

@@ -520,10 +520,10 @@ def test_ctrl_c(shows, where, tmp_path, monkeypatch):
 
 
 def test_killed_again_and_again(shows):
-    "The script of the docs, with five kills"
-    res = subprocess.run([sys.executable, '-W', 'ignore', Path(__file__).parents[1]/'benchmarks'/'kills.py', '--kills', '5', '--epochs', '2'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert res.returncode == 0 and '5 kills' in res.stdout and '0 lost or different' in res.stdout, res.stdout + res.stderr
-    shows.result(STOPPED, '`kill -9` at random moments, and started again until it ends', 'With `ResumeCallback`, the files at the end are bitwise those of a run that was never killed; no half file has the name of a whole one.')
+    "The script of the docs, with five kills, and one in each of ten places"
+    res = subprocess.run([sys.executable, '-W', 'ignore', Path(__file__).parents[1]/'benchmarks'/'kills.py', '--kills', '5', '--places', '1', '--epochs', '1'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert res.returncode == 0 and '5 kills' in res.stdout and res.stdout.count('killed 1 times, 0 lost or different') == 10, res.stdout + res.stderr
+    shows.result(STOPPED, '`kill -9` at random moments, and in the middle of extraction, search, graph, diffusion, a step, a file, and a change of files; then started again until it ends', 'With `ResumeCallback`, the files at the end are bitwise those of a run that was never killed; no half file has the name of a whole one.')
 
 
 # No room left

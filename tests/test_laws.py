@@ -154,7 +154,7 @@ def test_affinity_of_descriptors(x, k, gamma, backend):
     W, _ = build_graph(x, k, gamma, backend)
     named = torch.zeros(len(x), len(x)).scatter_(1, knn(unit_rows(x), k, backend)[1], 1.) > 0
     assert (named.sum(1) == k).all()
-    close(check_affinity(W), affinity_by_loops(u@u.T, named, gamma), 1e-5)
+    close(check_affinity(W), affinity_by_loops(u@u.T, named, gamma), 2e-4)  # a length that is 1 to 1e-5 is left as it is
 
 
 @given(graphs())
@@ -373,8 +373,8 @@ def test_certainty_of_uniform_and_one_hot_rows(c, power, data):
     "ω(a·1) = 0, ω(a·e_j) = 1"
     a, j = 10**power, data.draw(st.integers(0, c-1), 'j')
     Z = torch.stack([torch.full((c,), a), a*torch.eye(c)[j]])
-    torch.testing.assert_close(certainty(Z)[0], torch.tensor(0.), rtol=0, atol=1e-6)
-    assert certainty(Z)[1] == 1
+    omega = certainty(Z)
+    assert 0 <= omega[0] < 1e-6 and omega[1] == 1
 
 
 @given(scores(), st.data())
@@ -517,7 +517,7 @@ def engines(n):
 @given(descriptors(), st.booleans(), st.data())
 def test_neighbors_are_scikit_learns(x, unit, data):
     "The same similarities; the same neighbours but among equal similarities; by cosine, or by inner products of any rows; no item its own"
-    if unit: x = unit_rows(x)
+    if unit: x = F.normalize(x)  # not `unit_rows`: it leaves lengths that are 1 to 1e-5
     n = len(x)
     k, engine, rows = data.draw(st.integers(1, n-1), 'k'), data.draw(engines(n), 'engine'), torch.arange(n)
     s = x.double()@x.double().T
