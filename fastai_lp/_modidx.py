@@ -313,6 +313,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastai_lp.files': { 'fastai_lp.files._add_checksum': ('files.html#_add_checksum', 'fastai_lp/files.py'),
                                  'fastai_lp.files._alive': ('files.html#_alive', 'fastai_lp/files.py'),
                                  'fastai_lp.files._cause': ('files.html#_cause', 'fastai_lp/files.py'),
+                                 'fastai_lp.files._is_json': ('files.html#_is_json', 'fastai_lp/files.py'),
                                  'fastai_lp.files._lock': ('files.html#_lock', 'fastai_lp/files.py'),
                                  'fastai_lp.files._sha256': ('files.html#_sha256', 'fastai_lp/files.py'),
                                  'fastai_lp.files._sha256_of': ('files.html#_sha256_of', 'fastai_lp/files.py'),

@@ -143,6 +143,12 @@ def _lock(f, how):
     with suppress(OSError): fcntl.flock(f, getattr(fcntl, how))
 
 
+def _is_json(line):
+    "Whether a line without its end is whole; an empty one is"
+    try: return not line or json.loads(line) is not None
+    except ValueError: return False
+
+
 def _sha256_of(o): return hashlib.sha256(json.dumps(o, sort_keys=True).encode()).hexdigest()
 
 
@@ -157,7 +163,9 @@ def append_json_line(
             _lock(f, 'LOCK_EX')
             size = f.seek(0, 2)
             f.seek(0)
-            if size and not (old := f.read()).endswith(b'\n'): f.truncate(size := old.rfind(b'\n')+1)
+            *_, last = f.read().split(b'\n')
+            if _is_json(last): data = b'\n'*bool(last) + data
+            else: f.truncate(size := size-len(last))
             try: done = f.write(data)
             except BaseException:
                 f.truncate(size)
@@ -178,7 +186,9 @@ def read_json_lines(
     with open(fname, encoding='utf-8', errors='replace') as f:
         _lock(f, 'LOCK_SH')
         found, lines = [], f.read().split('\n')
-    if lines.pop(): warnings.warn(f"{fname}: the last line is cut off, and left out; the program that was to write it will write it again")
+    if not _is_json(lines[-1]):
+        lines.pop()
+        warnings.warn(f"{fname}: the last line is cut off, and left out; the program that was to write it will write it again")
     for i, line in enumerate(lines, 1):
         if not line.strip(): continue
         try: o = json.loads(line)

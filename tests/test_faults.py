@@ -191,12 +191,16 @@ def test_thousands_of_duplicates(shows, like_others, index):
     copies = x[4:5] if like_others else -torch.ones(1, 8)
     x, y, truth = torch.cat([x, copies.repeat(3000, 1)]), torch.cat([y, torch.full((3000,), -1)]), torch.cat([truth, torch.ones(3000, dtype=torch.int64)])
     p = propagate(x, y, index=index)
-    assert p.reached[300:].all() == like_others == p.reached[300:].any() and (p.weights[~p.reached] == 0).all()
-    assert (p.labels == truth)[p.reached].float().mean() > .97 and (index != 'auto' or p.reached[:300].all())
+    assert torch.isfinite(p.weights).all() and (p.weights[~p.reached] == 0).all()
+    if index == 'HNSW16':
+        assert p.W.values().min() > 0 and (like_others or not p.reached[300:].any())
+        if not like_others: shows.result(DESCRIPTORS, '3,000 copies of one item, and an approximate index (`HNSW…`, `IVF…`)', "The index can lose other items in the crowd, so that they get no label or a wrong one. Remove copies first, or take index='Flat', which misses none.")
+        return
+    assert p.reached[300:].all() == like_others == p.reached[300:].any() and p.reached[:300].all() and (p.labels == truth)[p.reached].float().mean() > .97
     if not like_others: assert 'no label reaches' in advice(p)['reached']
-    if index == 'auto': shows.result(DESCRIPTORS, f"3,000 copies of one item, {'which others are like' if like_others else 'which no other is like'}, none of them labeled", 'They are the nearest neighbours of each other. ' + (
-        'The label of the others reaches all of them (an approximate index such as HNSW may lose other items in the crowd, which then have weight 0).' if like_others else 'No label reaches them: label −1, weight 0, and a fit warns of it. One label among them reaches all.'))
-    if not like_others and index == 'auto':
+    shows.result(DESCRIPTORS, f"3,000 copies of one item, {'which others are like' if like_others else 'which no other is like'}, none of them labeled", 'They are the nearest neighbours of each other. ' + (
+        'The label of the others reaches all of them.' if like_others else 'No label reaches them: label −1, weight 0, and a fit warns of it. One label among them reaches all.'))
+    if not like_others:
         y[300] = 1
         assert (propagate(x, y).labels[300:] == 1).all()
 
