@@ -1,7 +1,7 @@
 """Does a long fit grow, or leave anything behind?
 
 Trains on the digits for 300 epochs, label propagation and Mean Teacher with a file of ResumeCallback's, two workers. After each epoch it reads the
-process's resident memory (RSS), its open files and its children. fastai's Recorder keeps a tensor per step, half a kilobyte each, whoever trains;
+process's resident memory (RSS), its open files and its children. fastai's Recorder keeps a tensor per step, whoever trains;
 unless --keep-losses is given, the tensors of past epochs are turned into numbers, so that what is measured is not that list. It prints the slope of RSS from epoch 50 on, its standard error from the means of
 blocks of 25 epochs (neighbouring epochs are not independent), and what is left of hooks, callbacks, files and processes when the fit is over.
 
