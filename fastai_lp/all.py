@@ -9,6 +9,7 @@ from fastai_lp.curation import *
 from fastai_lp.losses import *
 from fastai_lp.data import *
 from fastai_lp.features import *
+from fastai_lp.scoped import *
 from fastai_lp.callback import *
 from fastai_lp.mean_teacher import *
 from fastai_lp.resume import *

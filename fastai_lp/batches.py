@@ -19,7 +19,7 @@ from fastai.torch_core import TensorCategory, default_device, to_detach
 from fastai.vision.core import TensorImage
 from fastcore.basics import listify, store_attr
 
-from .callback import FitScoped
+from .scoped import FitScoped
 from .data import SemiCategorize, semi_dls
 from .datasets import ImageArrays, _pictures
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .search import blocks
+from .work import blocks
 
 # %% ../nbs/01_diffusion.ipynb #e90b66fe
 def spmm(

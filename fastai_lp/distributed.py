@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .search import shared
+from .work import shared
 
 # %% ../nbs/05_distributed.ipynb #530838f6
 def place(

@@ -25,7 +25,7 @@ from fastai.vision.learner import TimmBody
 from .files import reserve
 from .distributed import unwrapped
 from .graph import rows_not_finite
-from .search import gathered, share_of
+from .work import gathered, share_of
 
 # %% ../nbs/12_features.ipynb #bafe0ec6
 def find_classifier(
@@ -174,7 +174,7 @@ def extract_features(
 )->Features:
     """Descriptors and logits of every item of a DataLoader's dataset, in evaluation mode and, unless asked for, without augmentation.
 
-    Within `search.shared` each process extracts its share, and all have all rows.
+    Within `work.shared` each process extracts its share, and all have all rows.
     Afterwards the model's modes, its BatchNorm statistics and the random number generators are as before. Raises
     `ValueError` where descriptors or logits are not finite, or items cannot be read (named), or the DataLoader does not yield each item once."""
     dl = learn.dls.train if dl is None else dl

@@ -39,6 +39,7 @@ def _cause(e):
 
 
 def _alive(pid):
+    if os.name == 'nt': return True  # where this would not ask but end it
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except OSError: pass
@@ -193,7 +194,7 @@ def read_json_lines(
         if not line.strip(): continue
         try: o = json.loads(line)
         except json.JSONDecodeError as e: raise ValueError(f"{fname}, line {i}: this is not JSON ({e}); remove the line, and run what wrote it again") from e
-        if isinstance(o, dict) and (sha := o.pop('sha256', None)) not in (None, _sha256_of(o)):
+        if isinstance(o, dict) and o.pop('sha256', None) not in (None, _sha256_of(o)):
             raise ValueError(f"{fname}, line {i}: this line was damaged, or changed after it was written; remove it, and run what wrote it again")
         found.append((i, o))
     return found

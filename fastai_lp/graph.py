@@ -8,7 +8,6 @@ __all__ = ['affinity', 'normalize', 'as_rows', 'default_k', 'knn', 'rows_not_fin
 # %% ../nbs/00_graph.ipynb #596567f0
 import warnings
 
-import numpy as np
 import torch
 from scipy import sparse
 

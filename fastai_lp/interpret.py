@@ -167,9 +167,9 @@ class LPInterpretation:
         dl=None, # a DataLoader of the same items, to show them
     ):
         "Read it back; nothing in the file is executed. A `ValueError` where it was cut off, damaged or changed"
-        pseudo, f = PseudoLabels.load(fname), read_npz(fname)
+        f = read_npz(fname, checksum=True)
         more = {k: f[k] for k in ('truth', 'items') if k in f}
-        return cls(pseudo, json.loads(f['history'].item()) if 'history' in f else [], vocab=f['vocab'].tolist() if 'vocab' in f else None, dl=dl, **more)
+        return cls(PseudoLabels._of(f, fname), json.loads(f['history'].item()) if 'history' in f else [], vocab=f['vocab'].tolist() if 'vocab' in f else None, dl=dl, **more)
 
     def to_df(self)->pd.DataFrame:
         "A row per item: item, label (missing where no label reaches), certainty ω, weight ω·ζ, labeled, reached, and truth where known"

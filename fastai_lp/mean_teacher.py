@@ -18,7 +18,7 @@ from fastai.callback.core import Stateful
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner, ValueMetric
 
-from .callback import FitScoped
+from .scoped import FitScoped
 from .data import TwoStream
 from .distributed import level, share_batches, unwrapped
 

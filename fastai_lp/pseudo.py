@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastcore.meta import delegates
 
 from .files import read_npz, written_whole
-from .search import as_rows, blocks, default_k, index_for, reporting, unit_rows
+from .work import blocks, reporting
+from .search import as_rows, default_k, index_for, unit_rows
 from .warm import Neighbors
 from .graph import affinity, csr, normalize
 from .diffusion import diffuse
@@ -105,7 +105,11 @@ class PseudoLabels:
         fname, # what `save` wrote
     ):
         "Load what `save` wrote; nothing in the file is executed. A `ValueError` where it was cut off, damaged or changed, or its arrays do not fit each other"
-        f = read_npz(fname, checksum=True)
+        return cls._of(read_npz(fname, checksum=True), fname)
+
+    @classmethod
+    def _of(cls, f, fname):
+        "From the arrays `f` of the file"
         try:
             d = {k: torch.from_numpy(v) if v.ndim else v.item() for k, v in f.items() if k in (o.name for o in fields(cls))}
             seconds, graph = ({k.removeprefix(o): f[k].item() for k in f if k.startswith(o)} for o in ('seconds_', 'graph_'))

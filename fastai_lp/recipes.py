@@ -29,7 +29,8 @@ from fastai.torch_core import default_device, set_seed, to_float
 from fastcore.basics import noop
 
 from .batches import LossOnDevice, image_dls
-from .callback import FitScoped, LPCallback
+from .scoped import FitScoped
+from .callback import LPCallback
 from .datasets import ImageArrays, digits_dls
 from .estimator import LabelDiffusion
 from .interpret import LPInterpretation

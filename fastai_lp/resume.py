@@ -20,7 +20,8 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_random_states, set_random_states
 
 from .files import checked, written_whole
-from .callback import FitScoped, LPCallback
+from .scoped import FitScoped
+from .callback import LPCallback
 from .data import TwoStream
 from .distributed import of_all, place, unwrapped
 from .graph import csr

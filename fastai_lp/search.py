@@ -8,12 +8,12 @@ __all__ = ['EXACT_UP_TO', 'default_k', 'rows_not_finite', 'as_rows', 'unit_rows'
 # %% ../nbs/00_search.ipynb #1541b293
 import math
 import warnings
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import numpy as np
 import torch
 import faiss  # after torch: its CUDA 12 libraries must not be loaded before torch's own
+
+from .work import blocks, gathered, share_of
 
 # %% ../nbs/00_search.ipynb #4b210001
 def default_k(
@@ -36,7 +36,8 @@ def as_rows(
 )->torch.Tensor:
     "`x` as a float32 tensor [n, d] on its own device; a `ValueError` names the rows that are not finite"
     if not isinstance(x, torch.Tensor):
-        if (kind := np.asarray(x).dtype).kind not in 'fiu': raise ValueError(f"features are of type {kind}: expected real numbers, one row per item")
+        x = np.asarray(x)
+        if x.dtype.kind not in 'fiu': raise ValueError(f"features are of type {x.dtype}: expected real numbers, one row per item")
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')  # nor is it written to
             warnings.filterwarnings('ignore', message='overflow encountered in cast')  # said below, with the items
@@ -60,60 +61,6 @@ def unit_rows(
     res = x/torch.where(norm > 0, norm, 1)
     if len(odd): res[odd] = (v := x[odd]/x[odd].abs().amax(1, keepdim=True))/torch.linalg.vector_norm(v, dim=1, keepdim=True)
     return res
-
-# %% ../nbs/00_search.ipynb #58c92610
-_report, _shares = ContextVar('report', default=None), ContextVar('shares', default=None)
-
-
-@contextmanager
-def reporting(
-    report, # called as report(what, done, total) after each step of long work
-):
-    "Within, `knn` and `diffuse` say how far they have come"
-    token = _report.set(report)
-    try: yield
-    finally: _report.reset(token)
-
-
-def blocks(
-    n:int, # number of rows or steps
-    size:int, # rows of a block
-    what:str, # name of the work
-    start:int=0, # first row
-):
-    "(a, b) of each block of the rows `start` to `n`; after each, the work is reported"
-    report = _report.get()
-    for a in range(start, n, size):
-        b = min(a+size, n)
-        yield a, b
-        if report is not None: report(what, b-start, n-start)
-
-
-@contextmanager
-def shared(
-    rank:int, # of this process
-    world:int, # number of processes
-    gather, # function of this process's rows, a tensor, that returns those of all processes, in the order of the ranks, in every process
-):
-    "Within, `knn` searches for this process's share of the items and gathers the others. All processes must call it alike, on the same `x`"
-    token = _shares.set((rank, world, gather))
-    try: yield
-    finally: _shares.reset(token)
-
-
-def share_of(
-    n:int, # number of items
-)->tuple[int, int]: # (first, one past the last) of this process: 0 and n where nothing is shared
-    "The items that this process works on"
-    rank, world, _ = _shares.get() or (0, 1, None)
-    return n*rank//world, n*(rank+1)//world
-
-
-def gathered(
-    *tensors, # rows of this process's share
-)->tuple: # the same with the rows of all
-    "The rows that the processes have worked on, together"
-    return tensors if _shares.get() is None else tuple(map(_shares.get()[2], tensors))
 
 # %% ../nbs/00_search.ipynb #959de071
 def _clamp_k(k, n):

@@ -8,7 +8,8 @@ __all__ = ['Neighbors']
 # %% ../nbs/00_warm.ipynb #4ef7109d
 import torch
 
-from .search import _clamp_k, _engine, _found, _sample, _search, as_rows, gathered, rescored, share_of
+from .work import gathered, share_of
+from .search import _clamp_k, _engine, _found, _sample, _search, as_rows, rescored
 
 # %% ../nbs/00_warm.ipynb #91b131e0
 class Neighbors:

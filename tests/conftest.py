@@ -80,23 +80,21 @@ class Shows:
     "What a test saw happen: rows of the table in the docs. A message is the one that came, not one that was typed"
     def __init__(self, test, folder): self.test, self.folder, self.rows = test, folder, []
 
-    def row(self, group, what, happens):
+    def result(self, group, what, happens):
         happens = re.sub(r"Exception occured in `\w+` when calling event `\w+`:\s*", '', happens)  # fastai's
         happens = re.sub(r'[\d.]+ GB (are )?free', '… GB free', happens.replace(f'{self.folder}', 'FOLDER'))
         self.rows.append(dict(group=group, what=what, happens=' '.join(happens.split()), test=self.test))
 
-    def result(self, group, what, happens): self.row(group, what, happens)
-
     @contextmanager
     def error(self, group, what, match, error=ValueError):
         with pytest.raises(error, match=match) as e: yield e
-        self.row(group, what, f'`{type(e.value).__name__}`: {e.value.args[0] if isinstance(e.value, KeyError) else e.value}')
+        self.result(group, what, f'`{type(e.value).__name__}`: {e.value.args[0] if isinstance(e.value, KeyError) else e.value}')
 
     @contextmanager
     def warning(self, group, what, match, then):
         with pytest.warns(UserWarning, match=match) as w: yield
         said = next(str(o.message) for o in w if re.search(match, str(o.message)))
-        self.row(group, what, f'{then} Warning: {said}')
+        self.result(group, what, f'{then} Warning: {said}')
 
 
 @pytest.fixture

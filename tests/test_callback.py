@@ -23,7 +23,7 @@ from torch import nn
 
 import fastai_lp.callback
 from conftest import Look, blob_learner, blob_model, blobs, flat_weights
-from fastai_lp import diffusion, search
+from fastai_lp import diffusion, search, work
 from fastai_lp.callback import LPCallback, truth_of
 from fastai_lp.data import SemiCategorize, SemiCategoryBlock, semi_dls
 from fastai_lp.labelers import Diffusion, NetworkPrediction
@@ -375,7 +375,7 @@ def test_extraction_interrupted(learn, monkeypatch):
 def test_a_stage_interrupted(learn, stage, monkeypatch):
     "Ctrl-C between two blocks of the search, or of the classes; the next fit is as if there had been none"
     state, order = flat_weights(learn), learn.dls.train.rng.getstate()
-    real = search.blocks
+    real = work.blocks
     def stop(n, size, what, start=0):
         for o in real(n, size, what, start):
             yield o
@@ -383,7 +383,7 @@ def test_a_stage_interrupted(learn, stage, monkeypatch):
     for module in (search, diffusion): monkeypatch.setattr(module, 'blocks', stop)
     learn.model.train()
     with E(KeyboardInterrupt): learn.fit(1, cbs=LPCallback())
-    assert torch.equal(flat_weights(learn), state) and learn.dls.train.rng.getstate() == order and search._report.get() is None
+    assert torch.equal(flat_weights(learn), state) and learn.dls.train.rng.getstate() == order and work._report.get() is None
     traceless(learn)
     monkeypatch.undo()
     learn.fit(1, cbs=LPCallback())

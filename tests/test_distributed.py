@@ -3,7 +3,6 @@ import os
 import warnings
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 

@@ -3,12 +3,10 @@ import errno
 import json
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +14,23 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException
-from fastai.callback.tracker import SaveModelCallback
-from fastai.data.core import DataLoaders, Datasets
-from fastai.learner import Learner, load_learner
+from fastai.callback.core import CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException
+from fastai.data.core import Datasets
+from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastai.vision.utils import verify_images
 from PIL import Image
 from torch import nn
 
-import fastai_lp.features
 import fastai_lp.files
 from conftest import Look, blob_learner, blob_model, blobs, flat_weights
-from fastai_lp import search
-from fastai_lp.callback import LPCallback, truth_of
+from fastai_lp.callback import LPCallback
 from fastai_lp.data import SemiCategorize, SemiImageDataLoaders, semi_dls
 from fastai_lp.experiments import read_lines
 from fastai_lp.features import extract_features
-from fastai_lp.graph import affinity, knn
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.pseudo import PseudoLabels, advice, propagate, spread
+from fastai_lp.pseudo import PseudoLabels, advice, propagate
 from fastai_lp.resume import ResumeCallback
 from test_callback import Break, traceless
 

@@ -13,8 +13,9 @@ from fastai_lp.diffusion import diffuse
 from fastai_lp.graph import affinity, normalize
 from fastai_lp.labelers import GTG, Diffusion
 from fastai_lp.pseudo import advice, propagate
-from fastai_lp.search import EXACT_UP_TO, _exact_faiss, _exact_torch, _found, as_rows, index_for, knn, knn_recall, reporting, rescored, shared, share_of, unit_rows
+from fastai_lp.search import EXACT_UP_TO, _exact_faiss, _exact_torch, _found, as_rows, index_for, knn, knn_recall, rescored, unit_rows
 from fastai_lp.warm import Neighbors
+from fastai_lp.work import reporting, share_of, shared
 
 
 def points(n=400, d=12, seed=0): return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
