@@ -14,7 +14,9 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from fastcore.foundation import L
 from fastcore.meta import delegates
+from fasttransform import Pipeline
 from fastai.callback.core import Stateful
 from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
@@ -27,18 +29,20 @@ from .labelers import Diffusion
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .pseudo import advice, check_labels, peak_memory
 from .scoped import FitScoped
+from .ema import RunningMean
+from .strong import OnUnlabeled, strong_tfms as _strong_tfms
 from .work import reporting
 
 # %% ../nbs/13_callback.ipynb #123dd0f7
 class LPRecord(Stateful):
     "What `LPCallback` did: the last pseudo-labels, one row of figures per update, and the truth where it was given"
-    _stateattrs = ('pseudo', 'truth')  # n items long: an exported Learner does without
+    _stateattrs = ('pseudo', 'truth', 'mean')  # n items long, or a second network: an exported Learner does without
 
-    def __init__(self): self.pseudo, self.truth, self.history = None, None, []
+    def __init__(self): self.pseudo, self.truth, self.mean, self.history = None, None, None, []
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.pseudo = self.truth = None
+        self.pseudo = self.truth = self.mean = None
 
     def to_df(self):
         "The history as a DataFrame, a row per update"
@@ -88,17 +92,44 @@ class LPCallback(FitScoped):
         warmup:int=0, # T of Algorithm 1: first epochs, on labeled items only. Counted, as `every`, over the callback's life, so `fine_tune`'s two fits are one course
         every:int=1, # renew the pseudo-labels every so many epochs (the paper: each epoch)
         layer=None, # module, or its name, whose output is the descriptor; None: see `features.find_descriptor`
-        augment:bool=False, # take the descriptors of augmented items, as the authors' program does; clean ones are those that a new item will have
+        steps:int=None, # renew them within an epoch too, after every so many training steps; None: only at its start
+        strong_tfms=None, # transforms of a batch, on top of the DataLoaders' own, for the unlabeled items alone and in training alone, True: `strong.strong_tfms()`
+        unlabeled_views:int=1, # so many of each unlabeled item in its batch, each augmented anew; needs batches of two streams
+        min_labeled:int=0, # at least so many labeled items in every batch; where fewer were drawn, unlabeled ones give their place up for this epoch. In batches of two streams `labeled_bs` decides
+        augment:int=0, # average the descriptors of so many augmented views; 1, or True, is what the authors' program does. 0: of the item as it is, as a new item will be
+        ema:float=None, # take descriptors and predictions from the running mean of the network's parameters, of this decay at most, such as .99
+        backbone=None, # module, such as a pretrained network, whose output is the descriptor, in place of the network that is trained
         max_bytes:int=2**32, # descriptors that take more lie in a temporary file, see `features.extract_features`
         truth=None, # true classes, for the figures only (see `truth_of`): they never reach the training. Choosing a model by them is a leak
         **graph
     ):
         if labeler is not None and graph: raise ValueError(f"labeler= has settings of its own: pass {', '.join(graph)} to it, not to LPCallback")
         if warmup < 0 or every < 1: raise ValueError(f"warmup={warmup}, every={every}: expected warmup >= 0 and every >= 1 epochs")
+        for name, value, ok, expected in (('steps', steps, steps is None or steps >= 1, 'None or at least 1 training step'),
+                                          ('unlabeled_views', unlabeled_views, unlabeled_views >= 1, 'at least 1'), ('min_labeled', min_labeled, min_labeled >= 0, '0 or more items'),
+                                          ('augment', augment, augment >= 0, '0 or more views'), ('ema', ema, ema is None or 0 <= ema < 1, 'None, or a decay in [0, 1)')):
+            if not ok: raise ValueError(f"{name}={value!r}: expected {expected}")
+        if backbone is not None and layer is not None: raise ValueError("layer= is a place in the trained network, backbone= is another network: choose one")
         self.labeler = Diffusion(**graph) if labeler is None else labeler
         self.warmup, self.every, self.layer, self.augment, self.max_bytes, self.truth = warmup, every, layer, augment, max_bytes, truth
+        self.steps, self.strong_tfms, self.unlabeled_views, self.min_labeled, self.ema, self.backbone = steps, L(_strong_tfms() if strong_tfms is True else strong_tfms or None), unlabeled_views, min_labeled, ema, backbone
         self.record, self._course = LPRecord(), 0  # epochs of all fits so far
         self._fit = self._data = None
+
+    @classmethod
+    def strong(cls,
+        **changes # arguments of `LPCallback` that differ; a `labeler` brings its own graph
+    ):
+        """The recipe that goes beyond the paper: what lowered the error in our study, and only that (see the page on it).
+
+        PRESETDOC"""
+        preset = dict(strong_tfms=True, **({} if 'labeler' in changes else dict(k=10)))
+        return cls(**{**preset, **changes})
+
+    @property
+    def batch_unlabeled(self):
+        "bool [b]: which items of the training batch have no label; None outside one"
+        return None if self._fit is None else self._fit.unlabeled
 
     def _init_state(self):
         super()._init_state()
@@ -123,12 +154,17 @@ class LPCallback(FitScoped):
         if not len(dl): raise ValueError(f"an epoch has no batch: {len(dl.dataset)} training items, a batch size of {dl.bs} and drop_last; take smaller batches")
         if not hasattr(learn.dls, 'c'): raise ValueError("the DataLoaders do not say how many classes there are: set dls.c")
         y = dl.targets if isinstance(dl, TwoStream) else targets_of(dl)
+        if self.min_labeled > dl.bs: raise ValueError(f"min_labeled={self.min_labeled} with a batch size of {dl.bs}: expected at most as many")
+        if self.unlabeled_views > 1 and not isinstance(dl, TwoStream):
+            raise ValueError(f"unlabeled_views={self.unlabeled_views} needs batches of two streams, the training DataLoader is {type(dl).__name__}: make it with semi_dls(dls) or semi_dataloaders")
+        if self.strong_tfms and not hasattr(getattr(dl, 'after_batch', None), 'fs'):
+            raise ValueError(f"strong_tfms need a DataLoader with transforms of a batch, as TfmdDL has: the training one is {type(dl).__name__}")
         if not isinstance(dl, TwoStream): warn_of_unlabeled_validation(learn.dls)  # two streams have been told so when they were made
         if (y >= 0).all(): raise ValueError(f"all {len(y)} training items are labeled: {_how_to_unlabel}")
         vocab = _vocab(learn.dls)
         check_labels(y, learn.dls.c, vocab)
         PseudoLabelLoss(unwrap_loss(learn.loss_func))
-        find_descriptor(learn.model, learn.dls.c, self.layer)
+        if self.backbone is None: find_descriptor(learn.model, learn.dls.c, self.layer)
         if self.layer is None: find_classifier(learn.model, learn.dls.c)
         fit.y = y.to(learn.dls.device)
         if self.truth is not None: fit.truth = truth_of(self.truth, dl, y, vocab).to(fit.y.device)
@@ -136,9 +172,8 @@ class LPCallback(FitScoped):
     def _columns(self):
         "Recorder columns, which every fastai logger sees"
         def last(key):
-            row = self.record.history[-1] if self.record.history else {}
-            if key == 'sec' and row.get('epoch') != getattr(self._fit, 'epoch', None): return 0.
-            return row.get(key, float('nan'))
+            if key == 'sec': return sum(row['sec'] for row in self.record.history if row['epoch'] == getattr(self._fit, 'epoch', None))
+            return self.record.history[-1].get(key, float('nan')) if self.record.history else float('nan')
         keys = ['accuracy']*(self.truth is not None) + ['certainty', 'sec']
         return [ValueMetric(partial(last, key), f'lp_{key}') for key in keys]
 
@@ -146,7 +181,7 @@ class LPCallback(FitScoped):
         "Decide what this epoch does; `before_train` does it, if the epoch trains"
         if self._inference or self._fit is None: return
         fit = self._fit
-        fit.epoch = fit.base + self.epoch
+        fit.epoch, fit.step = fit.base + self.epoch, 0
         fit.warm = fit.lr_find or fit.epoch < self.warmup
         fit.due = not fit.warm and ((fit.epoch-self.warmup) % self.every == 0 or not self._still_holds())
 
@@ -159,23 +194,25 @@ class LPCallback(FitScoped):
         "The transductive step, and everything that the epoch's batches need"
         if self._fit is None: raise ValueError("there is no training item: a Learner from load_learner comes without data; set learn.dls before the fit")
         self._fit.rank, self._fit.world = share_batches(self.dls.loaders)
+        if self.ema is not None and self.record.mean is None: self.record.mean = RunningMean(unwrapped(self.learn.model), self.ema)
         if self._fit.due: self._update()
         self._prepare()
 
     def _update(self):
         "Lines 6–15 of Algorithm 1"
         fit, start = self._fit, time.perf_counter()
-        progress = getattr(self.learn, 'progress', None)
+        progress = getattr(self.learn, 'progress', None) if fit.step == 0 else None
         bar = dict(parent=getattr(progress, 'mbar', None), show=progress is not None)
         if fit.world > 1: level(*unwrapped(self.learn.model).buffers())  # each process has its own batches' BatchNorm statistics
         with work_shared(fit.rank, fit.world):
-            found = extract_features(self.learn, self.layer, augment=self.augment, max_bytes=self.max_bytes, **bar)
+            model = self._averaged() if self.ema is not None else None
+            with fit.plain(): found = extract_features(self.learn, self._layer(model), augment=self.augment, max_bytes=self.max_bytes, model=model, backbone=self.backbone, **bar)
             extracted = time.perf_counter()
             if found.logits.shape[1] != self.dls.c:
                 raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")
             with _bars(**bar), _memory_advice(*found.feats.shape, self.dls.c, self.labeler): pseudo = self.labeler(found.feats, found.logits, fit.y)
         if fit.world > 1: pseudo = replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k != 'W'})  # the graph is of gathered neighbours
-        row = dict(epoch=fit.epoch, accuracy=None, network_accuracy=None, certainty=pseudo.certainty[~pseudo.labeled].mean().item(),
+        row = dict(epoch=fit.epoch, **({'step': fit.step} if self.steps else {}), accuracy=None, network_accuracy=None, certainty=pseudo.certainty[~pseudo.labeled].mean().item(),
                    reached=pseudo.reached.float().mean().item(), residual=pseudo.residual, n_iter=pseudo.n_iter,
                    sec=time.perf_counter()-start, seconds=dict(features=extracted-start, **pseudo.seconds), **pseudo.graph)
         if fit.truth is not None:
@@ -185,6 +222,16 @@ class LPCallback(FitScoped):
         self.record.pseudo, self.record.truth, self._data = pseudo, fit.truth, fit.dl.dataset
         self.record.history.append(row)
         self._advise(pseudo)
+
+    def _averaged(self):
+        "The running mean of the network, with one set of BatchNorm statistics for all processes"
+        if self._fit.world > 1: level(*self.record.mean.model.buffers())
+        return self.record.mean.model
+
+    def _layer(self, model):
+        "`layer` as `model`, where that is a copy of the Learner's, knows it"
+        if model is None or self.layer is None or isinstance(self.layer, str): return self.layer
+        return next(name for name, m in unwrapped(self.learn.model).named_modules() if m is self.layer)
 
     def _advise(self, pseudo):
         "Warn once per fit of what looks wrong in two updates in a row, or in the last epoch"
@@ -198,17 +245,33 @@ class LPCallback(FitScoped):
 
     def _prepare(self):
         fit = self._fit
-        if fit.warm: fit.labels, fit.weights = fit.y, (fit.y >= 0).float()
-        else: fit.labels, fit.weights = self.record.pseudo.labels, self.record.pseudo.weights
+        self._take()
         # lr_find plans its steps on the full epoch's length, so there the batches keep both streams; Mean Teacher has use for both while we warm up
-        if isinstance(fit.dl, TwoStream): fit.dl.labeled_only = fit.warm and not fit.lr_find and fit.dl.views == 1
-        fit.order = torch.tensor(fit.freeze(self.learn.dl), device=fit.y.device)
+        if isinstance(fit.dl, TwoStream):
+            fit.dl.labeled_only = fit.warm and not fit.lr_find and fit.dl.views == 1
+            self._see(1 if fit.dl.labeled_only else self.unlabeled_views)
+        if not fit.warm: fit.strengthen(self.strong_tfms)
+        fit.order = torch.tensor(fit.freeze(self.learn.dl, self.min_labeled), device=fit.y.device)
         fit.mismatch = torch.zeros((), dtype=torch.bool, device=fit.y.device)
         self.learn.loss_func = PseudoLabelLoss(unwrap_loss(self.loss_func))
 
+    def _see(self, views):
+        self._fit.dl.several_views(views)
+        if self.learn.dl is not self._fit.dl: self.learn.dl.bs = self._fit.dl.bs  # a DistributedDL has a copy
+
+    def _take(self):
+        "Labels, weights and soft labels of all items, for the coming batches"
+        fit, p = self._fit, self.record.pseudo
+        if fit.warm: fit.labels, fit.weights, fit.soft = fit.y, (fit.y >= 0).float(), None
+        else: fit.labels, fit.weights, fit.soft = p.labels, p.weights, p.soft
+
     def before_batch(self):
-        "Targets become one-hot rows times ω·ζ"
+        "Targets become one-hot rows, or soft labels, times ω·ζ"
         fit, bs, given = self._fit, self.dl.bs, self.learn.yb[0]
+        if self.steps and not fit.warm and self.iter and self.iter % self.steps == 0:
+            fit.step = self.iter
+            self._update()
+            self._take()
         idx = fit.order[self.iter*bs:self.iter*bs+bs]
         if given.numel() != len(idx): self._out_of_step()
         fit.mismatch |= (given.flatten().clamp(min=-1) != fit.y[idx]).any()
@@ -217,8 +280,8 @@ class LPCallback(FitScoped):
         if fit.warm and getattr(fit.dl, 'views', 1) == 1:  # the mean over the labeled items, of all processes
             labeled = weights.sum() if fit.world == 1 else mean_of(weights.sum())
             weights = weights*(len(idx)/labeled.clamp(min=1/fit.world))
-        fit.hard = torch.where(labels < 0, -100, labels).view(given.shape).as_subclass(type(given))
-        self.learn.yb = (weighted_targets(labels, weights, self.dls.c),)
+        fit.hard, fit.unlabeled = torch.where(labels < 0, -100, labels).view(given.shape).as_subclass(type(given)), fit.y[idx] < 0
+        self.learn.yb = (weighted_targets(labels, weights, self.dls.c) if fit.soft is None else fit.soft[idx]*weights[:, None],)
 
     def _in_step(self):
         if self._fit.mismatch is not None and self._fit.mismatch.item(): self._out_of_step()
@@ -231,8 +294,12 @@ class LPCallback(FitScoped):
         "The label or pseudo-label as an integer, for metrics of the training set"
         if self._fit.hard is None: return
         self.learn.yb = (self._fit.hard,)
-        self._fit.hard = None
+        self._fit.hard = self._fit.unlabeled = None
     after_cancel_batch = after_loss
+
+    def after_step(self):
+        "The running mean, over the optimizer's steps"
+        if self.ema is not None and self._fit is not None: self.record.mean.update(unwrapped(self.learn.model))
 
     def after_train(self):
         self._in_step()
@@ -253,7 +320,9 @@ class LPCallback(FitScoped):
         self.learn.loss_func = unwrap_loss(self.learn.loss_func)
         if self._fit is None: return
         self._fit.thaw()
-        if isinstance(self._fit.dl, TwoStream): self._fit.dl.labeled_only, self._fit.dl.ranks = False, 1
+        if isinstance(self._fit.dl, TwoStream):
+            self._fit.dl.labeled_only, self._fit.dl.ranks = False, 1
+            self._fit.dl.several_views(1)
         self.learn.metrics = [m for m in self.learn.metrics if not (isinstance(m, ValueMetric) and m.name.startswith('lp_'))]
         self._fit = None
 
@@ -288,26 +357,63 @@ class _Fit:
     "What an LPCallback holds during one fit"
     def __init__(self, dl, base, lr_find):
         self.dl, self.base, self.lr_find = dl, base, lr_find
-        self.truth = self.hard = self.frozen = self.mismatch = None
-        self.rank, self.world = 0, 1
+        self.truth = self.hard = self.frozen = self.mismatch = self.unlabeled = self.weak = None
+        self.rank, self.world, self.step = 0, 1, 0
         self.epoch, self.wrong = base, {}  # what looks wrong: whether it has been said
 
-    def freeze(self, dl):
+    def strengthen(self, tfms):
+        "Put transforms of the unlabeled items among those of the batch, until `thaw`"
+        if not tfms or self.lr_find: return
+        self.weak = self.dl.after_batch
+        self.dl.after_batch = Pipeline(self.weak.fs + [OnUnlabeled(o, self.dl) for o in tfms], split_idx=self.weak.split_idx)
+
+    @contextmanager
+    def plain(self):
+        "Without these"
+        strong = [o for o in self.dl.after_batch.fs if isinstance(o, OnUnlabeled)] if self.weak is not None else []
+        for o in strong: o.on = False
+        try: yield
+        finally:
+            for o in strong: o.on = True
+
+    def freeze(self, dl, min_labeled=0):
         "Draw the order of the coming iteration of `dl`, as it would itself, and let that one iteration, and no other, use it"
-        self.thaw()
+        if self.frozen is not None: self.melt()
         self.frozen = dl, dl.__dict__.get('get_idxs')
         rng = copy(self.dl.rng)
         dl.randomize()
-        idxs = list(dl.get_idxs())
+        idxs = self._with_labeled(list(dl.get_idxs()), dl.bs, min_labeled)
         self.dl.rng, drawn = rng, self.dl.rng
         def once():
-            self.thaw()
+            self.melt()
             self.dl.rng = drawn
             return idxs
         dl.get_idxs = once
         return idxs
 
+    def _with_labeled(self, idxs, bs, least):
+        "Batches with fewer labeled items than `least` take some in the place of their last unlabeled ones"
+        if not least: return idxs
+        labeled, pool, res = (self.y >= 0).tolist(), [], []
+        known = [i for i, o in enumerate(labeled) if o]
+        for a in range(0, len(idxs), bs):
+            batch = idxs[a:a+bs]
+            places = [j for j, i in enumerate(batch) if not labeled[i]]
+            missing = min(least, len(batch)) - (len(batch)-len(places))
+            for j in places[len(places)-missing:] if missing > 0 else []:
+                pool = pool or self.dl.rng.sample(known, len(known))
+                batch[j] = pool.pop()
+            if 'res' in vars(self.dl): batch.sort(key=lambda i: self.dl.res[i], reverse=True)  # SortedDL: a text model takes the first for the longest ones
+            res += batch
+        return res
+
     def thaw(self):
+        "The DataLoader's own order and transforms"
+        if self.weak is not None: self.dl.after_batch, self.weak = self.weak, None
+        self.melt()
+
+    def melt(self):
+        "The DataLoader's own order"
         if self.frozen is None: return
         (dl, own), self.frozen = self.frozen, None
         if own is None: dl.__dict__.pop('get_idxs', None)

@@ -196,10 +196,10 @@ class TwoStream:
 
     An epoch is one pass over the unlabeled items; labeled ones cycle through endless reshuffles. While `labeled_only` is
     set, an epoch draws full batches of labeled items only. `two_views` makes every batch twice as long: its items, and
-    the same items again, each augmented anew. With `ranks` above 1 it draws an epoch for each of so many processes, all of
+    the same items again, each augmented anew; `several_views` repeats its unlabeled items alone. With `ranks` above 1 it draws an epoch for each of so many processes, all of
     one length, over shares of the unlabeled items (see `distributed.share_batches`). A DataLoader made from it by `new` for another dataset, or without shuffling,
     is of the class it was mixed into, and has one view."""
-    labeled_only, views, ranks = False, 1, 1
+    labeled_only, views, unlabeled_views, ranks = False, 1, 1, 1
     _unlabeled = None  # until __init__ is done: some base classes iterate in theirs
 
     def __init__(self, dataset=None, *args,
@@ -221,7 +221,7 @@ class TwoStream:
 
     def __len__(self):
         if self._unlabeled is None: return super().__len__()
-        bs = self.bs//self.views
+        bs = self.own_bs
         if self.labeled_only: return self.ranks*max(1, len(self._labeled)//(bs*self.ranks))
         full, rest = divmod(math.ceil(len(self._unlabeled)/self.ranks), bs-self.labeled_bs)
         return self.ranks*max(1, full + (rest > 0 and not self.drop_last))
@@ -235,12 +235,12 @@ class TwoStream:
 
     def _epoch_over(self, unlabeled):
         unlabeled = iter(unlabeled)
-        idxs, bs = [], self.bs//self.views
+        idxs, bs = [], self.own_bs
         for _ in range(len(self)//self.ranks):
             some = list(islice(unlabeled, bs-self.labeled_bs))
             # a batch that the unlabeled items do not fill, and that would be dropped, is filled with labeled ones
             full = self.drop_last or self.labeled_only
-            idxs += self._longest_first(self._draw_labeled(bs-len(some) if full else self.labeled_bs) + some)*self.views
+            idxs += self._longest_first(self._draw_labeled(self.bs//self.views - len(some)*self.unlabeled_views if full else self.labeled_bs) + some*self.unlabeled_views)*self.views
         return idxs
 
     def _longest_first(self, batch):
@@ -261,11 +261,25 @@ class TwoStream:
         on:bool=True, # False: one again
     ):
         "Emit the indices of every batch twice; `bs` doubles, the number of batches stays"
-        views = 2 if on else 1
-        self.bs, self.views = self.bs*views//self.views, views
+        self._see(2 if on else 1, self.unlabeled_views)
+
+    def several_views(self,
+        n:int=2, # 1: once again
+    ):
+        "Emit the indices of the unlabeled items of every batch `n` times; `bs` grows, the number of batches stays"
+        self._see(self.views, n)
+
+    @property
+    def own_bs(self):
+        "The batch size with one view of each item"
+        return self.labeled_bs + (self.bs//self.views - self.labeled_bs)//self.unlabeled_views
+
+    def _see(self, views, unlabeled_views):
+        self.bs = views*(self.labeled_bs + unlabeled_views*(self.own_bs-self.labeled_bs))
+        self.views, self.unlabeled_views = views, unlabeled_views
 
     def new(self, dataset=None, cls=None, **kwargs):
-        kwargs.setdefault('bs', self.bs//self.views)
+        kwargs.setdefault('bs', self.own_bs)
         shuffle = kwargs.get('shuffle', kwargs.get('shuffled', self.shuffle))  # fastai's tta writes shuffled
         if (dataset is None or dataset is self.dataset) and shuffle:
             kwargs = dict(labeled_bs=self._given_bs, targets=self.targets) | kwargs

@@ -67,7 +67,7 @@ def to_markdown(
     return '\n'.join([lines[0], '|' + '|'.join('-'*(w+2) for w in wide) + '|', *lines[1:]])
 
 # %% ../nbs/24_experiments.ipynb #f86dc754
-COLORS = dict(supervised='#E69F00', network='#D55E00', gtg='#CC79A7', lp='#0072B2', mt='#56B4E9', **{'mt+lp': '#7F7F7F'}, diffusion='#009E73')  # Okabe and Ito's and a gray, safe for colour-blind readers
+COLORS = dict(supervised='#E69F00', network='#D55E00', gtg='#CC79A7', lp='#0072B2', strong='#004D40', mt='#56B4E9', **{'mt+lp': '#7F7F7F'}, diffusion='#009E73')  # Okabe and Ito's and a gray, safe for colour-blind readers
 
 
 def plot_runs(
@@ -133,7 +133,7 @@ def run_experiment(
     recipe = recipe or RECIPES[dataset]
     if n_train is not None and recipe.k: recipe = replace(recipe, k=min(recipe.k, default_k(len(images.train))))
     shown = {o: _show(images, labels, split_file, o) for o in splits}
-    changes = {k: v for k, v in asdict(recipe).items() if k not in ('omega', 'zeta') and v != getattr(RECIPES[dataset], k)} | ({} if n_test is None else dict(n_test=n_test))
+    changes = {k: v for k, v in asdict(recipe).items() if k not in ('omega', 'zeta', 'tricks') and v != getattr(RECIPES[dataset], k)} | ({} if n_test is None else dict(n_test=n_test))
     tag = f"-{hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:6]}" if changes else ''  # files of other settings have other names
     out.mkdir(parents=True, exist_ok=True)
     bar = progress_bar(range(len(splits)*sum(_epochs(m, recipe) for m in methods)))

@@ -102,11 +102,21 @@ class Features(NamedTuple):
 @contextmanager
 def _eval_mode(model):
     "All modules in evaluation mode; afterwards each in the mode it had"
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
+    modes = {m: m.training for m in model.modules()} if model is not None else {}
+    for m in modes: m.training = False
     try: yield
     finally:
         for m, mode in modes.items(): m.training = mode
+
+
+@contextmanager
+def _same_transforms(dl):
+    "A copy of a DataLoader shares its pipelines, and tells them whether they train: within an epoch of `dl` they are to go on as they were"
+    pipelines = [o for o in (getattr(dl, nm, None) for nm in ('after_item', 'before_batch', 'after_batch')) if hasattr(o, 'split_idx')]
+    modes = [o.split_idx for o in pipelines]
+    try: yield
+    finally:
+        for o, mode in zip(pipelines, modes): o.split_idx = mode
 
 
 @contextmanager
@@ -167,38 +177,52 @@ def extract_features(
     learn:Learner, # its model and training data
     layer=None, # see `find_descriptor`
     dl=None, # a fastai DataLoader; None: the training one
-    augment:bool=False, # augment the items, as in training: what the authors' program does
+    augment:int=0, # views of augmented items, as in training, that are averaged; 1, or True, is what the authors' program does; 0: one view that is not augmented
     parent=None, # master progress bar to show progress under
     show:bool=False, # show a progress bar
     max_bytes:int=2**32, # descriptors, or logits, that take more are kept in a file of the temporary folder (TMPDIR) and read from there, by the search too
+    model=None, # that is asked instead of the Learner's, of the same outputs, such as its running mean
+    backbone=None, # module whose output, [b, d] or [b, d, height, width], is the descriptor, such as a pretrained network; `layer` is not looked at then. The logits are the model's
 )->Features:
     """Descriptors and logits of every item of a DataLoader's dataset, in evaluation mode and, unless asked for, without augmentation.
+
+    Of several views the descriptor is the mean of theirs, of length 1 again, and the logits are the mean.
 
     Within `work.shared` each process extracts its share, and all have all rows.
     Afterwards the model's modes, its BatchNorm statistics and the random number generators are as before. Raises
     `ValueError` where descriptors or logits are not finite, or items cannot be read (named), or the DataLoader does not yield each item once."""
     dl = learn.dls.train if dl is None else dl
     dl = getattr(dl, 'dl', dl)
-    model = unwrapped(learn.model)  # a wrapper's forward may wait for processes that are not extracting
-    module, is_input = find_descriptor(model, learn.dls.c, layer)
+    model = unwrapped(learn.model if model is None else model)  # a wrapper's forward may wait for processes that are not extracting
+    module, is_input = find_descriptor(model, learn.dls.c, layer) if backbone is None else (backbone, False)
     clean = dl.dataset.set_split_idx(1) if hasattr(dl.dataset, 'set_split_idx') and not augment else nullcontext()
-    with _same_random_state(), clean, _eval_mode(model), _captured(module, is_input) as seen:
+    with _same_random_state(), _same_transforms(dl), clean, _eval_mode(model), _eval_mode(backbone), _captured(module, is_input) as seen:
         dl = dl.new(shuffle=False, drop_last=False)
         idxs = list(dl.get_idxs())
         own = idxs[slice(*share_of(len(idxs)))]
         dl.get_idxs, dl.n = lambda: own, len(own)
         feats = logits = None
-        done = 0
-        batches = progress_bar(dl, parent=parent, leave=False) if show else dl
-        if show: batches.comment = 'descriptors'
-        for b in _read(batches, dl.dataset, own, dl.bs):
-            out = model(*learn._set_device(b)[:dl.n_inp])
-            v, out = F.normalize(_pooled(seen[0])), _pooled(out)
-            if feats is None: feats, logits = (_room(len(own), o, max_bytes) for o in (v, out))
-            where = slice(done, done+len(v))
-            done += len(v)
-            if done > len(own): break
-            feats[where], logits[where] = v, out
+        views = max(1, int(augment))
+        bar = progress_bar(range(views*len(dl)), parent=parent, leave=False) if show else None
+        if show: bar.comment = 'descriptors'
+        for view in range(views):
+            done = 0
+            for i, b in enumerate(_read(dl, dl.dataset, own, dl.bs)):
+                inputs = learn._set_device(b)[:dl.n_inp]
+                out = model(*inputs)
+                if backbone is not None: backbone.to(out.device)(*inputs)
+                v, out = F.normalize(_pooled(seen[0])), _pooled(out)
+                if feats is None: feats, logits = (_room(len(own), o, max_bytes) for o in (v, out))
+                where = slice(done, done+len(v))
+                done += len(v)
+                if done > len(own): break
+                if view: feats[where], logits[where] = feats[where]+v, logits[where]+out
+                else: feats[where], logits[where] = v, out
+                if show: bar.update(view*len(dl) + i+1)
+        if views > 1:
+            for a in range(0, len(own), 10_000):
+                feats[a:a+10_000] = F.normalize(feats[a:a+10_000])
+                logits[a:a+10_000] /= views
     done = gathered(torch.tensor([done]))[0].sum().item()  # gather first, then judge: all processes must come to the same end
     feats, logits = gathered(feats, logits)
     if done != len(idxs) or sorted(idxs) != list(range(len(dl.dataset))):

@@ -29,6 +29,8 @@ class _Labeler:
 
     def _settings(self): return {k: v for k, v in asdict(self).items() if k not in ('omega', 'zeta', 'start', 'warm_start')}
 
+    def _weighing(self): return {k: getattr(self, k) for k in ('omega_norm', 'zeta_norm', 'temperature', 'balance', 'prior', 'soft')}
+
     def forget(self):
         "As new: nothing of an earlier call is used in the next"
         self._neighbors, self._Z = Neighbors(getattr(self, 'refresh', 'exact'), getattr(self, 'min_recall', .95)), None
@@ -67,6 +69,12 @@ class Diffusion(_Labeler):
     index:str='auto' # see `search.knn`
     omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
+    symmetry:str='sum' # 'sum' (the paper), 'max' or 'mutual', see `graph.affinity`
+    local:int=None # local scaling by the distance to this neighbour rather than s^γ, see `graph.affinity`
+    temperature:float=1. # see `pseudo.from_scores`, as the next three
+    balance:str=None # 'align' or 'sinkhorn': in line with `prior`
+    prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
+    soft:bool=False # train towards distributions
     keep_Z:bool=True # keep all scores; False: see `pseudo.spread`. The warning of collapsed certainty needs them
     refresh:str='exact' # compare all items in every call, or, with 'auto', only with what an earlier one found where that will do; see `warm.Neighbors`
     min_recall:float=.95 # with 'auto': when it will do
@@ -92,6 +100,10 @@ class NetworkPrediction(_Labeler):
     zeta_norm:str='items' # see `pseudo.class_weights`
     omega:bool=True # weight by certainty; False: ω = 1 for every item (Table 1)
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
+    temperature:float=1. # see `pseudo.from_scores`, as the next three
+    balance:str=None # 'align' or 'sinkhorn': in line with `prior`
+    prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
+    soft:bool=False # train towards distributions
 
     def __call__(self,
         feats:torch.Tensor, # not used
@@ -100,7 +112,7 @@ class NetworkPrediction(_Labeler):
     )->PseudoLabels:
         "The softmax of the logits as scores"
         y, _ = check_labels(y, logits.shape[1])
-        return self._weigh(from_scores(logits.float().softmax(1), y.to(logits.device), **self._settings()))
+        return self._weigh(from_scores(logits.float().softmax(1), y.to(logits.device), **self._weighing()))
 
 # %% ../nbs/03_labelers.ipynb #c1a716f9
 class Played(NamedTuple):
@@ -152,6 +164,12 @@ class GTG(_Labeler):
     index:str='auto' # see `search.knn`
     omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
+    symmetry:str='sum' # 'sum' (the paper), 'max' or 'mutual', see `graph.affinity`
+    local:int=None # local scaling by the distance to this neighbour rather than s^γ, see `graph.affinity`
+    temperature:float=1. # see `pseudo.from_scores`, as the next three
+    balance:str=None # 'align' or 'sinkhorn': in line with `prior`
+    prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
+    soft:bool=False # train towards distributions
 
     def __post_init__(self):
         super().__post_init__()
@@ -167,11 +185,11 @@ class GTG(_Labeler):
         y, _ = check_labels(y, c)
         if len(y) != len(x): raise ValueError(f"{len(y)} labels for {len(x)} rows of features: expected one each, below 0 where unlabeled")
         y, begin = y.to(x.device), time.perf_counter()
-        W, found = build_graph(x, self.k, self.gamma, self.backend, self.index, self._neighbors)
+        W, found = build_graph(x, self.k, self.gamma, self.backend, self.index, self._neighbors, self.symmetry, self.local)
         built = time.perf_counter()
         P = logits.detach().to(x).softmax(1) if self.start == 'network' else x.new_full((len(x), c), 1/c)
         labeled = y >= 0
         game = replicator(W, torch.where(labeled[:, None], F.one_hot(y.clamp(min=0), c).to(P), P), labeled, self.max_iter, self.tol)
-        res = from_scores(game.P*game.reached[:, None], y, self.omega_norm, self.zeta_norm, W=W, n_iter=game.n_iter, residual=game.change, graph=found)
+        res = from_scores(game.P*game.reached[:, None], y, **self._weighing(), W=W, n_iter=game.n_iter, residual=game.change, graph=found)
         res.seconds = dict(graph=built-begin, diffusion=time.perf_counter()-built)
         return self._weigh(res)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastcore.meta import delegates
 
 from .files import read_npz, written_whole
@@ -22,6 +23,7 @@ from .search import as_rows, default_k, index_for, unit_rows
 from .warm import Neighbors
 from .graph import affinity, csr, normalize
 from .diffusion import diffuse
+from .balance import balanced, class_prior, sharpened
 
 # %% ../nbs/02_pseudo.ipynb #7ccead1f
 def certainty(
@@ -59,6 +61,7 @@ class PseudoLabels:
     labeled:torch.Tensor # bool [n]: the label was given
     reached:torch.Tensor # bool [n]: labeled, or some label's mass arrived
     Z:torch.Tensor=None # float32 [n, c]: the scores behind the labels, as the solver left them
+    soft:torch.Tensor=None # float32 [n, c]: what each item trains towards where labels are soft, rows that sum to 1, one-hot for labeled items, 0 for unreached ones; None: one-hot labels
     W:torch.Tensor=None # float32 [n, n] sparse CSR: the graph they spread over; None where there was none
     n_iter:int=0 # iterations of the solver
     residual:float=0. # largest relative residual over classes
@@ -121,7 +124,7 @@ class PseudoLabels:
         "The same; a `ValueError` where its tensors do not fit each other"
         n, c = len(self.labels), len(self.class_weights)
         for name, o, shape, dtype in (('labels', self.labels, [n], torch.int64), ('certainty', self.certainty, [n], torch.float32), ('class_weights', self.class_weights, [c], torch.float32),
-                                      ('labeled', self.labeled, [n], torch.bool), ('reached', self.reached, [n], torch.bool), ('Z', self.Z, [n, c], torch.float32), ('W', self.W, [n, n], torch.float32)):
+                                      ('labeled', self.labeled, [n], torch.bool), ('reached', self.reached, [n], torch.bool), ('Z', self.Z, [n, c], torch.float32), ('soft', self.soft, [n, c], torch.float32), ('W', self.W, [n, n], torch.float32)):
             if o is not None and (list(o.shape), o.dtype) != (shape, dtype): raise ValueError(f"{name} has shape {list(o.shape)} and type {o.dtype}: expected {shape}, {dtype}")
         if n and not (self.labels.min() >= -1 and self.labels.max() < c): raise ValueError(f"labels outside −1 to {c-1}")
         return self
@@ -132,11 +135,21 @@ def from_scores(
     y:torch.Tensor, # int [n]: the given labels, below 0 for unlabeled items
     omega_norm:str='all', # divide ω by its maximum over 'all' items (the paper), the 'unlabeled' ones, or None: leave it
     zeta_norm:str='items', # see `class_weights`
+    temperature:float=1., # below 1: sharper scores, so a larger ω and harder soft labels; see `balance.sharpened`
+    balance:str=None, # bring the unlabeled items' scores in line with `prior`: 'align' or 'sinkhorn', see `balance.balanced`
+    prior='labels', # of `balance`: 'uniform', 'labels' or one number per class, see `balance.class_prior`
+    soft:bool=False, # soft labels: an item trains towards its distribution rather than its likeliest class
     **info, # further fields of `PseudoLabels`
 )->PseudoLabels:
-    "Eq. 7, ω and ζ on any scores: labeled items keep their label and get ω = 1, unreached ones get label −1 and ω = 0"
-    check_settings(omega_norm=omega_norm, zeta_norm=zeta_norm)
-    return _pseudo_labels(Z.argmax(1), (Z > 0).any(1), certainty(Z), Z.shape[1], y, omega_norm, zeta_norm, Z=Z, **info)
+    """Eq. 7, ω and ζ on any scores: labeled items keep their label and get ω = 1, unreached ones get label −1 and ω = 0.
+
+    First the temperature, then the balance: the mean of the unlabeled items' rows, soft labels, is the prior. `Z` stays as it came."""
+    check_settings(omega_norm=omega_norm, zeta_norm=zeta_norm, temperature=temperature, balance=balance)
+    info, P = dict(info, Z=Z), Z
+    if temperature != 1 or balance or soft: P = sharpened(Z, temperature)
+    if balance: P = torch.where((y < 0)[:, None], balanced(P*(y < 0)[:, None], class_prior(prior, y, Z.shape[1]), balance), P)
+    if soft: info['soft'] = torch.where((y >= 0)[:, None], F.one_hot(y.clamp(min=0), Z.shape[1]).to(P), P)
+    return _pseudo_labels(P.argmax(1), (Z > 0).any(1), certainty(P), Z.shape[1], y, omega_norm, zeta_norm, **info)
 
 
 def _pseudo_labels(top, reached, omega, n_classes, y, omega_norm, zeta_norm, **info):
@@ -196,7 +209,8 @@ def check_labels(
     return y, n_classes
 
 # %% ../nbs/02_pseudo.ipynb #dc63c5cc
-def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True, refresh='exact', min_recall=.95):
+def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True, refresh='exact', min_recall=.95,
+                   symmetry='sum', local=None, temperature=1., balance=None, prior='labels', soft=False):
     "Raise a `ValueError` that names the first setting of `propagate` that cannot be, so that no time is spent before"
     for name, value, ok, expected in (
             ('k', k, k is None or k >= 1, 'None or at least 1 neighbour'),
@@ -209,7 +223,13 @@ def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='cl
             ('zeta_norm', zeta_norm, zeta_norm in ('items', 'classes'), "'items' or 'classes'"),
             ('backend', backend, backend in ('auto', 'faiss', 'torch'), "'auto', 'faiss' or 'torch'"),
             ('refresh', refresh, refresh in ('exact', 'auto'), "'exact' or 'auto'"),
-            ('min_recall', min_recall, 0 < min_recall <= 1, 'a share above 0, 1 at most')):
+            ('min_recall', min_recall, 0 < min_recall <= 1, 'a share above 0, 1 at most'),
+            ('symmetry', symmetry, symmetry in ('sum', 'max', 'mutual'), "'sum', 'max' or 'mutual'"),
+            ('local', local, local is None or local >= 1, 'None, or the number of the neighbour whose distance is the scale, such as 7'),
+            ('temperature', temperature, temperature > 0, 'a number above 0'),
+            ('balance', balance, balance in (None, 'align', 'sinkhorn'), "None, 'align' or 'sinkhorn'"),
+            ('prior', prior, not isinstance(prior, str) or prior in ('uniform', 'labels'), "'uniform', 'labels' or one number per class"),
+            ('keep_Z', keep_Z, keep_Z or not (soft or balance or temperature != 1), 'True: temperature, balance and soft labels need all scores')):
         if not ok: raise ValueError(f"{name}={value!r}: expected {expected}")
 
 # %% ../nbs/02_pseudo.ipynb #ee70ccd4
@@ -240,20 +260,25 @@ def spread(
     seeds:str='class_size', # see `seed_matrix`; by class size, a class with more labels does not swallow the others
     omega_norm:str='all', # see `from_scores`
     zeta_norm:str='items', # see `class_weights`
+    temperature:float=1., # see `from_scores`, as the next three
+    balance:str=None, # 'align' or 'sinkhorn': in line with `prior`
+    prior='labels', # the classes' shares of the unlabeled items
+    soft:bool=False, # train towards distributions
     keep_Z:bool=True, # False: the scores are made and used up block by block of classes, and `Z` of the result is None; for large n × c
     x0=None, # [n, c] where CG starts, such as an earlier `Z`; None: from zero, as the paper
 )->PseudoLabels: # its tensors are on the device of `W`
     """Diffusion (Eq. 10), pseudo-labels (Eq. 7), ω (Eq. 11) and ζ on a graph that exists already.
 
     Raises `ValueError` for a class without label, labels out of range, or not one label per item of the graph."""
-    check_settings(alpha=alpha, max_iter=max_iter, tol=tol, seeds=seeds, omega_norm=omega_norm, zeta_norm=zeta_norm)
+    weighing = dict(omega_norm=omega_norm, zeta_norm=zeta_norm, temperature=temperature, balance=balance, prior=prior, soft=soft)
+    check_settings(alpha=alpha, max_iter=max_iter, tol=tol, seeds=seeds, keep_Z=keep_Z, **weighing)
     y, n_classes = check_labels(y, n_classes)
     if len(y) != len(W): raise ValueError(f"{len(y)} labels for a graph of {len(W)} items: expected one each, below 0 where unlabeled")
     y, start = y.to(W.device), time.perf_counter()
     S, _ = normalize(W)
     if keep_Z:
         Z, n_iter, residual = diffuse(S, seed_matrix(y, n_classes, seeds), alpha, max_iter, tol, x0)
-        res = from_scores(Z, y, omega_norm, zeta_norm, W=W, n_iter=n_iter, residual=residual.max().item())
+        res = from_scores(Z, y, **weighing, W=W, n_iter=n_iter, residual=residual.max().item())
     else:
         rows, runs = _Rows(len(y), W.device), []
         for first, stop in blocks(n_classes, 64, 'diffusion'):  # columns do not know of each other: the same Z, 64 at a time
@@ -273,12 +298,14 @@ def build_graph(
     backend:str='auto', # see `search.knn`
     index:str='auto', # see `search.knn`
     neighbors:Neighbors=None, # what remembers the last search; None: nothing does
+    symmetry:str='sum', # see `graph.affinity`
+    local:int=None, # see `graph.affinity`
 )->tuple[torch.Tensor, dict]: # (W [n, n] sparse CSR, what is known of the search)
     "The graph of Eq. 9 from descriptors"
     once, neighbors = neighbors is None, neighbors or Neighbors()
     found = neighbors(unit_rows(x), k, backend, index)
     if once: neighbors.pool = None
-    return affinity(*found, gamma), neighbors.info()
+    return affinity(*found, gamma, symmetry, local), neighbors.info()
 
 
 @delegates(spread, but=['W'])
@@ -291,17 +318,19 @@ def propagate(
     backend:str='auto', # see `search.knn`
     index:str='auto', # see `search.knn`
     neighbors:Neighbors=None, # what remembers the last search, see `warm.Neighbors`; None: nothing does
+    symmetry:str='sum', # which of two neighbours' edges count, see `graph.affinity` (the paper's sum)
+    local:int=None, # local scaling by the distance to this neighbour, see `graph.affinity`; None: s^γ, the paper's
     **kwargs
 )->PseudoLabels: # its tensors are on the device of `x`
     """Lines 6–15 of the paper's Algorithm 1: graph (Eq. 9), then `spread`: diffusion, pseudo-labels, ω and ζ.
 
     Raises `ValueError` for a class without label, labels out of range, features that are not finite (items named)."""
-    check_settings(k, gamma, backend=backend, **{o: v for o, v in kwargs.items() if o != 'x0'})
+    check_settings(k, gamma, backend=backend, symmetry=symmetry, local=local, **{o: v for o, v in kwargs.items() if o != 'x0'})
     x = as_rows(x)
     y, n_classes = check_labels(y, n_classes)
     if len(y) != len(x): raise ValueError(f"{len(y)} labels for {len(x)} rows of features: expected one each, below 0 where unlabeled")
     start = time.perf_counter()
-    W, found = build_graph(x, k, gamma, backend, index, neighbors)
+    W, found = build_graph(x, k, gamma, backend, index, neighbors, symmetry, local)
     built = time.perf_counter() - start
     res = spread(W, y, n_classes, **kwargs)
     res.seconds, res.graph = dict(graph=built, **res.seconds), found
