@@ -8,6 +8,7 @@ __all__ = ['affinity', 'normalize', 'as_rows', 'default_k', 'knn', 'rows_not_fin
 # %% ../nbs/00_graph.ipynb #596567f0
 import warnings
 
+import numpy as np
 import torch
 from scipy import sparse
 
@@ -38,44 +39,92 @@ def _rows(crow, nnz):
 def _small(edges): return torch.int32 if 2*edges < 2**31 else torch.int64  # half the memory, and faster products
 
 
-def _plus_transpose(a, idxs):
-    "A + Aᵀ as CSR, the columns of each row in order; a is 0 where there is no edge. By SciPy, on a CPU"
+def _plus_transpose(a, idxs, symmetry='sum'):
+    "A + Aᵀ as CSR, or the larger or smaller of the two ('max', 'mutual'), the columns of each row in order; a is 0 where there is no edge. By SciPy, on a CPU"
     n, k = idxs.shape
     def transpose(M): return sparse.csc_array((M.data, M.indices, M.indptr), shape=(n, n)).tocsr()  # a counting sort: rows come out in order
     starts = torch.arange(0, n*k+1, k, dtype=_small(n*k))
     A = sparse.csr_array((a.flatten().numpy(), idxs.flatten().to(starts.dtype).numpy(), starts.numpy()), shape=(n, n))
     A.eliminate_zeros()
     At = transpose(A)
-    W = transpose(At) + At
+    if symmetry == 'sum': W = transpose(At) + At
+    else:
+        At = _largest(At)
+        W = getattr(transpose(At), dict(max='maximum', mutual='minimum')[symmetry])(At)
     W.sort_indices()  # they are, but where a neighbour was named twice
     return csr(*(torch.from_numpy(o).to(starts.dtype) for o in (W.indptr, W.indices)), torch.from_numpy(W.data), n)
 
 
-def _plus_transpose_by_keys(a, idxs):
+def _largest(M):
+    "Of the entries of M for the same place, which SciPy would add up, the largest; the columns of M are in order"
+    first = np.ones(len(M.data), bool)
+    first[1:] = M.indices[1:] != M.indices[:-1]
+    first[M.indptr[:-1][np.diff(M.indptr) > 0]] = True
+    if first.all(): return M
+    starts = np.concatenate([[0], first.cumsum()]).astype(M.indptr.dtype)
+    return sparse.csr_array((np.maximum.reduceat(M.data, first.nonzero()[0]), M.indices[first], starts[M.indptr]), shape=M.shape)
+
+
+def _plus_transpose_by_keys(a, idxs, symmetry='sum'):
     "The same on any device, by sorting all pairs of row and column"
     n, edge = len(idxs), a > 0
     rows, col, values = edge.nonzero()[:, 0], idxs[edge], a[edge]
     key, where = torch.cat([rows*n + col, col*n + rows]).sort()
     key, inverse = torch.unique_consecutive(key, return_inverse=True)
-    values = values.new_zeros(len(key)).index_add_(0, inverse, torch.cat([values, values])[where])
+    both = torch.cat([values, values])[where]
+    if symmetry == 'sum': values = values.new_zeros(len(key)).index_add_(0, inverse, both)
+    else:
+        of_transpose = (where >= len(rows)).long()
+        values, other = values.new_zeros(2*len(key)).scatter_reduce_(0, inverse + len(key)*of_transpose, both, 'amax').view(2, -1)
+        values = torch.maximum(values, other) if symmetry == 'max' else torch.minimum(values, other)
+        key, values = key[values > 0], values[values > 0]
     crow = torch.searchsorted(key, torch.arange(n+1, device=key.device)*n)
     return csr(*(o.to(_small(len(rows))) for o in (crow, key % n)), values, n)
+
+# %% ../nbs/00_graph.ipynb #c2f69f24
+def check_edges(gamma=3., symmetry='sum', local=None):
+    "Raise a `ValueError` that names the first of these settings of `affinity` that cannot be"
+    if not gamma > 0: raise ValueError(f"gamma={gamma}: expected an exponent above 0 (the paper uses 3)")
+    if symmetry not in ('sum', 'max', 'mutual'): raise ValueError(f"symmetry={symmetry!r}: expected 'sum' (the paper's A + Aᵀ), 'max' or 'mutual'")
+    if local is not None and not (local >= 1 and local == int(local)): raise ValueError(f"local={local!r}: expected None or a whole number of neighbours, at least 1 (7 is usual)")
+
+
+_SAME = 4e-6  # squared distance of unit vectors up to which float32 does not tell items apart: of copies, with 16 to 2048 dimensions, 1.4e-6 has been seen
+
+
+def _local(sims, idxs, named, local):
+    "exp(−d²/σᵢσⱼ) for each neighbour that an item has `named`"
+    far = (2 - 2*sims).clamp_(min=0)
+    far = torch.where(far <= _SAME, 0, far)
+    near = torch.where(named, far, torch.inf).sort(1).values
+    at = (named.sum(1) - 1).clamp(min=0, max=local-1)
+    scale = near.gather(1, at[:, None])[:, 0]
+    scale = torch.where(scale > 0, scale, torch.where(near > 0, near, torch.inf).amin(1))  # beyond the duplicates
+    scale = torch.where(scale.isfinite(), scale, 0).sqrt_()
+    own, other = scale[:, None], scale[idxs.clamp(min=0)]
+    return torch.where(far == 0, 1, far.div_(torch.where(own > 0, own, other)*torch.where(other > 0, other, own)).neg_().exp_())
 
 # %% ../nbs/00_graph.ipynb #6587453b
 def affinity(
     sims:torch.Tensor, # [n, k] similarities, as from `knn`; negative ones count as 0
     idxs:torch.Tensor, # [n, k] int64 neighbours; −1 for a missing one
     gamma:float=3., # exponent γ > 0 that sharpens the similarities (the paper's 3)
+    symmetry:str='sum', # W from A and Aᵀ: their 'sum' (the paper's), the larger entry ('max'), or the smaller ('mutual'), which leaves the edges that both items name
+    local:int=None, # scale by the distance to this neighbour, such as the 7th, in place of γ; None: s^γ, the paper's
 )->torch.Tensor: # W [n, n], sparse CSR, float32
-    """The symmetric affinity W = A + Aᵀ of Eq. 9: 2s^γ between mutual neighbours, s^γ where only one names the other.
+    """The symmetric affinity of Eq. 9, W = A + Aᵀ: 2s^γ between mutual neighbours, s^γ where only one names the other.
 
-    W has a zero diagonal and stores positive values only. Raises `ValueError` where γ is not positive."""
-    if not gamma > 0: raise ValueError(f"gamma={gamma}: expected an exponent above 0 (the paper uses 3)")
+    With `symmetry='max'` both get s^γ, with 'mutual' the second kind gets no edge. With `local`, exp(−d²/σᵢσⱼ) takes the place of s^γ (Zelnik-Manor and Perona 2004),
+    where d² = 2 − 2s for unit vectors and σᵢ is the distance of item i to its `local`-th neighbour, or to the last that it has.
+    W has a zero diagonal and stores positive values only; similarities up to 0 make no edge, and items may be left without any.
+    A neighbour that a row names twice counts twice in a sum, else once, with its larger entry. Raises `ValueError` where γ, `symmetry` or `local` cannot be."""
+    check_edges(gamma, symmetry, local)
     own = torch.arange(len(idxs), device=idxs.device)[:, None]
-    edge = (idxs >= 0) & (idxs != own) & (sims > 0)
-    a = torch.where(edge, sims, 0).pow_(gamma)
-    if a.device.type != 'cpu': return _plus_transpose_by_keys(a, idxs)
-    return _plus_transpose(a, torch.where(edge, idxs.to(_small(idxs.numel())), own.to(_small(idxs.numel()))))
+    named = (idxs >= 0) & (idxs != own)
+    edge = named & (sims > 0)
+    a = torch.where(edge, sims, 0).pow_(gamma) if local is None else torch.where(edge, _local(sims, idxs, named, local), 0)
+    if a.device.type != 'cpu': return _plus_transpose_by_keys(a, idxs, symmetry)
+    return _plus_transpose(a, torch.where(edge, idxs.to(_small(idxs.numel())), own.to(_small(idxs.numel()))), symmetry)
 
 # %% ../nbs/00_graph.ipynb #c4c8b299
 def normalize(
