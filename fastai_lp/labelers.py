@@ -23,6 +23,7 @@ from .pseudo import PseudoLabels, build_graph, check_labels, check_settings, fro
 class _Labeler:
     "Settings are checked when a labeler is made; its weights can be switched off"
     def __post_init__(self):
+        if hasattr(self, 'prior') and not isinstance(self.prior, str): self.prior = [float(o) for o in self.prior]
         check_settings(**self._settings())
         if getattr(self, 'warm_start', False) and not self.keep_Z: raise ValueError("warm_start=True starts from the last scores, which keep_Z=False does not keep: choose one")
         self.forget()

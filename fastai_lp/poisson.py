@@ -18,9 +18,10 @@ from scipy import sparse
 
 from .work import blocks
 from .search import as_rows, unit_rows
-from .graph import affinity, check_edges, normalize
+from .balance import class_prior
+from .graph import normalize
 from .diffusion import _cg, spmm
-from .pseudo import PseudoLabels, check_labels, check_settings, from_scores
+from .pseudo import PseudoLabels, build_graph, check_labels, check_settings, from_scores
 from .labelers import _Labeler
 
 # %% ../nbs/03a_poisson.ipynb #1d2ce16b
@@ -109,11 +110,6 @@ def _solve(S, b, null, max_iter, tol):
     return v, n_iter, torch.where(norm2 > 0, (r*r).sum(0)/norm2, 0).sqrt()
 
 # %% ../nbs/03a_poisson.ipynb #d0baaf8d
-def _graph(x, k, gamma, backend, index, neighbors, symmetry, local):
-    "As `pseudo.build_graph`"
-    return affinity(*neighbors(unit_rows(x), k, backend, index), gamma, symmetry, local), neighbors.info()
-
-
 def potential_scores(
     res:Potential, # as from `poisson`
     prior=None, # [c] share of each class among all items, only its ratios count; None: not known
@@ -147,7 +143,6 @@ class Poisson(_Labeler):
     gamma:float=3. # exponent of the similarities (the paper's 3)
     symmetry:str='sum' # see `graph.affinity`
     local:int=None # see `graph.affinity`
-    prior:list=None # share of each class among all items, above 0, one per class; only the ratios count. None: not known
     max_iter:int=1000 # CG iterations at most; on digits it takes about 100
     tol:float=1e-5 # relative residual at which CG stops
     omega_norm:str='all' # see `pseudo.from_scores`
@@ -156,30 +151,25 @@ class Poisson(_Labeler):
     index:str='auto' # see `search.knn`
     omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_edges(self.gamma, self.symmetry, self.local)
-        if self.prior is not None:
-            self.prior = [float(o) for o in self.prior]
-            if not all(0 < o < math.inf for o in self.prior): raise ValueError(f"prior={self.prior}: expected a share above 0 for each class, or None")
-
-    def _settings(self): return {k: v for k, v in super()._settings().items() if k not in ('symmetry', 'local', 'prior')}
+    prior:object='labels' # share of each class among all items: as among the given 'labels', 'uniform', or one number per class, of which the ratios count
+    temperature:float=1. # see `pseudo.from_scores`, as the next two
+    balance:str=None # 'align' or 'sinkhorn': in line with `prior`
+    soft:bool=False # train towards distributions
 
     def __call__(self,
         feats:torch.Tensor, # [n, d] descriptors; they are ℓ2-normalised here
         logits:torch.Tensor, # [n, c] network outputs; only their number of classes is used
         y:torch.Tensor, # int [n], below 0 where unlabeled
     )->PseudoLabels: # on the device of `feats`; Z holds `potential_scores`, 0 where no label reaches
-        "Graph, potential, scores. Raises `ValueError` as `pseudo.propagate` does, and where `prior` has not one share per class"
+        "Graph, potential, scores. Raises `ValueError` as `pseudo.propagate` does, and where `prior` has not one number per class"
         x, c = as_rows(feats), logits.shape[1]
         y, _ = check_labels(y, c)
         if len(y) != len(x): raise ValueError(f"{len(y)} labels for {len(x)} rows of features: expected one each, below 0 where unlabeled")
-        if self.prior is not None and len(self.prior) != c: raise ValueError(f"prior has {len(self.prior)} shares: expected one for each of the {c} classes")
         y, begin = y.to(x.device), time.perf_counter()
-        W, found = _graph(x, self.k, self.gamma, self.backend, self.index, self._neighbors, self.symmetry, self.local)
+        prior = None if self.prior == 'labels' else class_prior(self.prior, y, c)  # their shares among the labels are what it is without
+        W, found = build_graph(x, self.k, self.gamma, self.backend, self.index, self._neighbors, self.symmetry, self.local)
         built = time.perf_counter()
         res = poisson(W, y, c, self.max_iter, self.tol)
-        pseudo = from_scores(potential_scores(res, self.prior), y, self.omega_norm, self.zeta_norm, W=W, n_iter=res.n_iter, residual=res.residual.max().item(), graph=found)
+        pseudo = from_scores(potential_scores(res, prior), y, **self._weighing(), W=W, n_iter=res.n_iter, residual=res.residual.max().item(), graph=found)
         pseudo.seconds = dict(graph=built-begin, diffusion=time.perf_counter()-built)
         return self._weigh(pseudo)

@@ -228,7 +228,7 @@ def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='cl
             ('local', local, local is None or local >= 1, 'None, or the number of the neighbour whose distance is the scale, such as 7'),
             ('temperature', temperature, temperature > 0, 'a number above 0'),
             ('balance', balance, balance in (None, 'align', 'sinkhorn'), "None, 'align' or 'sinkhorn'"),
-            ('prior', prior, not isinstance(prior, str) or prior in ('uniform', 'labels'), "'uniform', 'labels' or one number per class"),
+            ('prior', prior, prior in ('uniform', 'labels') if isinstance(prior, str) else all(0 < o < math.inf for o in prior), "'uniform', 'labels' or a number above 0 for each class"),
             ('keep_Z', keep_Z, keep_Z or not (soft or balance or temperature != 1), 'True: temperature, balance and soft labels need all scores')):
         if not ok: raise ValueError(f"{name}={value!r}: expected {expected}")
 
