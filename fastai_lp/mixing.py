@@ -42,19 +42,19 @@ def cut_boxes(
 
 # %% ../nbs/13a_mixing.ipynb #69741040
 class _StreamMix(FitScoped, MixHandler):
-    "What both have in common; `_mix` is theirs"
+    "What both have in common; `_check` and `_mix` are their own"
+    _stateattrs = ('old_lf', 'yb1', 'lam', 'partner')
+
     def __init__(self, alpha, streams):
         if not alpha > 0: raise ValueError(f"alpha={alpha}: expected a number above 0, of the distribution Beta(alpha, alpha)")
         if streams not in ('unlabeled', 'labeled', 'each', 'all'): raise ValueError(f"streams={streams!r}: expected 'unlabeled', 'labeled', 'each' or 'all'")
         self.alpha, self.streams = alpha, streams
         self._init_state()
 
-    _stateattrs = ('old_lf', 'yb1', 'lam', 'partner')
     def _init_state(self): self.old_lf = self.yb1 = self.lam = self.partner = None
 
     def before_train(self):
         "Without `LPCallback`, whose loss takes mixed targets, mix the losses"
-        self.restore()
         if isinstance(self.loss_func, PseudoLabelLoss): return
         if self.streams == 'unlabeled' or (self.streams != 'labeled' and isinstance(self.dls.train, TwoStream)): self._no_target()
         if sum(isinstance(cb, MixHandler) for cb in self.learn.cbs) > 1:
@@ -88,12 +88,13 @@ class _StreamMix(FitScoped, MixHandler):
         if self.yb[0].is_floating_point(): self.learn.yb = tuple(_blend(o, self.lam, self.partner) for o in self.yb)
         else: self.yb1 = tuple(o[self.partner] for o in self.yb)
 
-    def lf(self, pred, *yb, **kwargs):
+    def lf(self, pred, *yb):
         "The loss, of each item mixed with that on its partner's target; its mean is over the items that have a target"
-        if not self.training or yb[0].is_floating_point(): return self.old_lf(pred, *yb, **kwargs)
+        if not self.training or yb[0].is_floating_point(): return self.old_lf(pred, *yb)
         with NoneReduce(self.old_lf) as lf: own, other = lf(pred, *yb), lf(pred, *self.yb1)
-        loss, reduction = torch.lerp(other, own, self.lam.to(own.dtype)), kwargs.get('reduction', getattr(self.old_lf, 'reduction', 'mean'))
-        return loss.sum()/(yb[0] >= 0).sum().clamp(min=1) if reduction == 'mean' else reduce_loss(loss, reduction)
+        loss, reduction = torch.lerp(other, own, self.lam.to(own.dtype)), getattr(self.old_lf, 'reduction', 'mean')
+        known = yb[0].flatten() >= 0
+        return torch.where(known, loss, 0).sum()/known.sum().clamp(min=1) if reduction == 'mean' else reduce_loss(loss, reduction)
 
     def after_train(self): self.restore()  # fastai's MixHandler calls it where training is cancelled, too
 
