@@ -77,8 +77,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback._take': ('callback.html#lpcallback._take', 'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback._update': ('callback.html#lpcallback._update', 'fastai_lp/callback.py'),
-                                    'fastai_lp.callback.LPCallback.after_batch': ( 'callback.html#lpcallback.after_batch',
-                                                                                   'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback.after_epoch': ( 'callback.html#lpcallback.after_epoch',
                                                                                    'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback.after_fit': ( 'callback.html#lpcallback.after_fit',

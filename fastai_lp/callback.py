@@ -85,7 +85,6 @@ class LPCallback(FitScoped):
     cross-entropy, no classifier in the model, graph arguments beside a `labeler`. After a fit, `learn.lp_record` (also
     `record` here) holds the pseudo-labels and the history."""
     order, run_valid = -5, False
-    batch_unlabeled = None  # during a training batch: bool [b], True where an item has no label of its own
     _stateattrs = ('_fit', '_data', 'truth')
 
     def __init__(self,
@@ -277,7 +276,6 @@ class LPCallback(FitScoped):
         if given.numel() != len(idx): self._out_of_step()
         fit.mismatch |= (given.flatten().clamp(min=-1) != fit.y[idx]).any()
         if self.iter == 0 or fit.y.device.type == 'cpu': self._in_step()  # on a GPU later batches wait for after_train: no synchronisation per step
-        self.batch_unlabeled = fit.y[idx] < 0
         labels, weights = fit.labels[idx], fit.weights[idx]
         if fit.warm and getattr(fit.dl, 'views', 1) == 1:  # the mean over the labeled items, of all processes
             labeled = weights.sum() if fit.world == 1 else mean_of(weights.sum())
