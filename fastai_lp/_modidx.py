@@ -87,8 +87,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback.after_train': ( 'callback.html#lpcallback.after_train',
                                                                                    'fastai_lp/callback.py'),
-                                    'fastai_lp.callback.LPCallback.batch_unlabeled': ( 'callback.html#lpcallback.batch_unlabeled',
-                                                                                       'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback.before_batch': ( 'callback.html#lpcallback.before_batch',
                                                                                     'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback.before_epoch': ( 'callback.html#lpcallback.before_epoch',

@@ -85,6 +85,7 @@ class LPCallback(FitScoped):
     cross-entropy, no classifier in the model, graph arguments beside a `labeler`. After a fit, `learn.lp_record` (also
     `record` here) holds the pseudo-labels and the history."""
     order, run_valid = -5, False
+    batch_unlabeled = None # in a training batch bool [b]: which items have no label
     _stateattrs = ('_fit', '_data', 'truth')
 
     def __init__(self,
@@ -125,11 +126,6 @@ class LPCallback(FitScoped):
         PRESETDOC"""
         preset = dict(strong_tfms=True, **({} if 'labeler' in changes else dict(k=10)))
         return cls(**{**preset, **changes})
-
-    @property
-    def batch_unlabeled(self):
-        "bool [b]: which items of the training batch have no label; None outside one"
-        return None if self._fit is None else self._fit.unlabeled
 
     def _init_state(self):
         super()._init_state()
@@ -280,7 +276,7 @@ class LPCallback(FitScoped):
         if fit.warm and getattr(fit.dl, 'views', 1) == 1:  # the mean over the labeled items, of all processes
             labeled = weights.sum() if fit.world == 1 else mean_of(weights.sum())
             weights = weights*(len(idx)/labeled.clamp(min=1/fit.world))
-        fit.hard, fit.unlabeled = torch.where(labels < 0, -100, labels).view(given.shape).as_subclass(type(given)), fit.y[idx] < 0
+        fit.hard, self.batch_unlabeled = torch.where(labels < 0, -100, labels).view(given.shape).as_subclass(type(given)), fit.y[idx] < 0
         self.learn.yb = (weighted_targets(labels, weights, self.dls.c) if fit.soft is None else fit.soft[idx]*weights[:, None],)
 
     def _in_step(self):
@@ -294,7 +290,7 @@ class LPCallback(FitScoped):
         "The label or pseudo-label as an integer, for metrics of the training set"
         if self._fit.hard is None: return
         self.learn.yb = (self._fit.hard,)
-        self._fit.hard = self._fit.unlabeled = None
+        self._fit.hard = self.batch_unlabeled = None
     after_cancel_batch = after_loss
 
     def after_step(self):
@@ -317,7 +313,7 @@ class LPCallback(FitScoped):
 
     def restore(self):
         "Put back all that a fit changes (loss, order, mode of the data, metrics); harmless where nothing is to be put back"
-        self.learn.loss_func = unwrap_loss(self.learn.loss_func)
+        self.learn.loss_func, self.batch_unlabeled = unwrap_loss(self.learn.loss_func), None
         if self._fit is None: return
         self._fit.thaw()
         if isinstance(self._fit.dl, TwoStream):
@@ -357,7 +353,7 @@ class _Fit:
     "What an LPCallback holds during one fit"
     def __init__(self, dl, base, lr_find):
         self.dl, self.base, self.lr_find = dl, base, lr_find
-        self.truth = self.hard = self.frozen = self.mismatch = self.unlabeled = self.weak = None
+        self.truth = self.hard = self.frozen = self.mismatch = self.weak = None
         self.rank, self.world, self.step = 0, 1, 0
         self.epoch, self.wrong = base, {}  # what looks wrong: whether it has been said
 

@@ -204,7 +204,9 @@ def extract_features(
         feats = logits = None
         views = max(1, int(augment))
         bar = progress_bar(range(views*len(dl)), parent=parent, leave=False) if show else None
-        if show: bar.comment = 'descriptors'
+        if show:
+            bar.comment = 'descriptors'
+            bar.update(0)
         for view in range(views):
             done = 0
             for i, b in enumerate(_read(dl, dl.dataset, own, dl.bs)):
