@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['class_prior', 'sharpened', 'balanced']
 
-# %% ../nbs/01a_balance.ipynb #6c673db6
+# %% ../nbs/01a_balance.ipynb #62222921
 import torch
 
-# %% ../nbs/01a_balance.ipynb #ccb92257
+# %% ../nbs/01a_balance.ipynb #e616b0de
 def class_prior(
     prior, # 'uniform'; 'labels': the shares of the given labels; or c numbers, of which only the ratios count
     y:torch.Tensor, # int [n] the given labels, below 0 where unlabeled
@@ -55,5 +55,5 @@ def balanced(
         share = factor*(normalised() @ rows)/n
         if (share-prior).abs().max() <= tol: break
         factor = torch.where(share > 0, factor*prior/share, factor)
-        factor = factor/factor.max()
+        factor = (factor/torch.where(share > 0, factor, 0).max()).clamp(1e-100, 1)  # a class that can never be as rare as its prior
     return (rows*factor*normalised()[:, None]).to(P.dtype)

@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fasttransform import Pipeline
 from fastai.callback.core import Stateful
 from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
+from fastai.torch_basics import Pipeline
 from fastai.torch_core import progress_bar
 
 from .data import TwoStream, is_unlabeled, targets_of, warn_of_unlabeled_validation, _how_to_unlabel
