@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RandomAffine', 'Cutout', 'strong_tfms', 'OnUnlabeled']
 
-# %% ../nbs/11a_strong.ipynb #1827494c
+# %% ../nbs/11a_strong.ipynb #5fe84fc6
 import math
 from contextlib import contextmanager
 
@@ -17,7 +17,7 @@ from fastai.vision.core import TensorImage
 from fastcore.basics import listify, store_attr
 
 
-# %% ../nbs/11a_strong.ipynb #6d4e6672
+# %% ../nbs/11a_strong.ipynb #f9c0e4c7
 class RandomAffine:
     "Affine matrices for `AffineCoordTfm`: every image turned, scaled, sheared and shifted at random"
     def __init__(self,
@@ -36,7 +36,7 @@ class RandomAffine:
         rows = [cos, slant*cos-sin, down], [sin, slant*sin+cos, right], [zero, zero, zero+1]
         return torch.stack([torch.stack(row, 1) for row in rows], 1)
 
-# %% ../nbs/11a_strong.ipynb #26c3502b
+# %% ../nbs/11a_strong.ipynb #7b2d728d
 class Cutout(DisplayedTransform):
     "Cover a square of each image with the image's mean colour, each at its own place: a part of the square may lie outside (DeVries and Taylor 2017)"
     split_idx, order = 0, 101  # after Normalize, as fastai's RandomErasing; the mean is the mean there too
@@ -53,7 +53,7 @@ class Cutout(DisplayedTransform):
         rows, cols = ((torch.arange(m, device=x.device)+.5 - at).abs() <= half for m, at in ((h, y), (w, x0)))
         return torch.where((rows[:, None, :, None] & cols[:, None, None, :]), x.mean((2, 3), keepdim=True), x)
 
-# %% ../nbs/11a_strong.ipynb #d98c5643
+# %% ../nbs/11a_strong.ipynb #569ce08c
 class _OfColour(DisplayedTransform):
     "Transforms of brightness and colour, on images of three channels: elsewhere a channel may be anything"
     order = 40  # as fastai's: on values from 0 to 1, before Normalize
@@ -82,7 +82,7 @@ def strong_tfms(
     if cutout: tfms.append(Cutout(cutout))
     return tfms
 
-# %% ../nbs/11a_strong.ipynb #904b47e7
+# %% ../nbs/11a_strong.ipynb #5101d9d9
 class OnUnlabeled(ItemTransform):
     "A transform of a batch, on its unlabeled items alone (target below 0), in training alone; in its place of the order of the batch's transforms"
     split_idx = 0
