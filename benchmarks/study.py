@@ -5,18 +5,19 @@
 
 A row is a set of changes to plain `lp` ("alone"), or to `LPCallback.strong()` ("without", "with"), all else equal: draw of the labels,
 weights to begin with, batches, number of steps. Each run is a line of `study_DATASET.jsonl`; lines that are there are not run again.
-`--tune` runs `lp` and `strong` over the learning rates on seeds 100 to 104, which no row uses, into `study_tune.jsonl`.
-The seeds on which the preset was put together are 100 to 105 too. `beyond` (nbs/27_beyond.ipynb) makes the tables and figures.
+`--tune` runs `lp` and `strong` over the learning rates on seeds 100 to 102, which no row uses, into `study_tune.jsonl` (the digits' are those of
+`tune_digits.py`). The preset was put together on the seeds 100 to 109. nbs/27_beyond.ipynb makes the tables and figures.
 
 digits: 20 labels of 1,347 training items, 450 test items, the recipe of `lp_train digits`.
 cifar10: 250 labels of 5,000 training images, 2,000 test images, 32×32 pixels; the small network with a first stride of 2, Adam, one cycle
-per stage: 60 epochs on the labels (300 steps), 15 with the pseudo-labels (1,425 steps), batches of 50 + 50."""
+per stage: 60 epochs on the labels (300 steps), 10 with the pseudo-labels (950 steps), batches of 50 + 50."""
 import argparse
 import json
 import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from fastai_lp.datasets import cifar10, digits, show_labels
 from fastai_lp.files import append_json_line, read_json_lines
 from fastai_lp.recipes import RECIPES, Recipe, run_method
 
-CIFAR = Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=3e-3, wd=.01, bs=100, labeled_bs=50, k=None, threads=1, stage1=60, stage2=15, stride=2)
-RATES = dict(digits=(3e-3, 1e-2, 3e-2), cifar10=(1e-3, 3e-3, 1e-2))
+CIFAR = Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=3e-3, wd=.01, bs=100, labeled_bs=50, k=None, threads=1, stage1=60, stage2=10, stride=2)
+RATES = 1e-3, 3e-3, 1e-2
 
 # what is tried: arguments of LPCallback (see `recipes.beyond`); 'recipe': of the recipe
 TRICKS = {
@@ -38,7 +39,7 @@ TRICKS = {
     'temperature and Sinkhorn': dict(temperature=.2, balance='sinkhorn'),
     'soft labels': dict(soft=True),
     'two views': dict(unlabeled_views=2),
-    'fewer labeled per batch': dict(recipe=dict(digits=dict(labeled_bs=16, stage2=22), cifar10=dict(labeled_bs=25, stage2=22))),
+    'fewer labeled per batch': dict(recipe=dict(digits=dict(labeled_bs=16, stage2=22), cifar10=dict(labeled_bs=25, stage2=15))),
     'running mean': dict(ema=.95),
     'mean of 4 views': dict(augment=4),
     'pixels as backbone': dict(backbone='pixels'),
@@ -50,26 +51,31 @@ TRICKS = {
 }
 PRESET = dict(strong_tfms=True, temperature=.2, balance='sinkhorn')  # as in LPCallback.strong
 LEFT_OUT = {'strong augmentation': dict(strong_tfms=None), 'temperature': dict(temperature=1.), 'Sinkhorn': dict(balance=None)}
-IN_PRESET = {'strong augmentation', 'temperature', 'Sinkhorn', 'temperature and Sinkhorn', 'affine alone', 'cutout alone', 'Poisson'}
+ADDED = 'k = 10', 'local scaling', 'running mean', 'mean of 4 views', 'two views', 'twice an epoch'
+DIGITS_ONLY = 'affine alone', 'cutout alone', 'alignment', 'k = 5', 'k = 20', 'MixUp, all'
 
 
-def rows_of():
+def rows_of(dataset):
     "name: (method, changes)"
     rows = {'plain': ('lp', {}), 'strong': ('strong', {})}
-    rows |= {f'alone: {k}': ('lp', v) for k, v in TRICKS.items()}
+    rows |= {f'alone: {k}': ('lp', v) for k, v in TRICKS.items() if dataset == 'digits' or k not in DIGITS_ONLY}
     rows |= {f'without: {k}': ('strong', v) for k, v in LEFT_OUT.items()}
-    rows |= {f'with: {k}': ('strong', v) for k, v in TRICKS.items() if k not in IN_PRESET}
-    return rows
+    return rows | {f'with: {k}': ('strong', TRICKS[k]) for k in ADDED if dataset == 'digits'}
+
+
+@cache
+def folder(): return tempfile.mkdtemp(prefix='study-')
 
 
 def one(dataset, row, method, changes, seed, data, lr, out):
-    changes, folder = dict(changes), Path(tempfile.gettempdir())/f'study-{os.getuid()}'
+    changes = dict(changes)
     more = changes.pop('recipe', {}).get(dataset, {})
     if dataset == 'digits': images, recipe = digits(20, seed), RECIPES['digits']
     else: images, recipe = show_labels(cifar10(data, 5000, 2000), 250, seed=seed), CIFAR
     if changes.get('steps') and dataset == 'cifar10': changes['steps'] = 48
     recipe = replace(recipe, **({} if lr is None else dict(lr=lr)), **more, tricks=changes or None)
-    with tempfile.TemporaryDirectory() as folder: run = run_method(images, method, recipe, folder, dataset, seed, keep=(), device='cpu', bar=False)
+    name = '-'.join([dataset, str(seed), str(lr), *more])  # rows with the same first stage find it in the folder of their process
+    run = run_method(images, method, recipe, folder(), name, seed, keep=(), device='cpu', bar=False)
     run = dict(dataset=dataset, row=row, seed=seed, lr=lr, error=run['error_rate'], first_error=run['stages'][0][-1]['error_rate'], pseudo_accuracy=run['history'][-1]['accuracy'],
                epoch_sec=sorted(o['sec'] for o in run['stages'][-1])[len(run['stages'][-1])//2], update_sec=sorted(o['sec'] for o in run['history'])[len(run['history'])//2],
                method=method, changes=changes, recipe=run['recipe'], environment=run['environment'])
@@ -81,9 +87,9 @@ def main(dataset, seeds, jobs, rows, out, data, tune):
     file = out/('study_tune.jsonl' if tune else f'study_{dataset}.jsonl')
     out.mkdir(parents=True, exist_ok=True)
     done = {(o['dataset'], o['row'], o['seed'], o['lr']) for _, o in read_json_lines(file)} if file.exists() else set()
-    known = rows_of()
+    known = rows_of(dataset)
     if unknown := [o for o in rows if o not in known]: raise SystemExit(f"unknown row {unknown[0]!r}: expected any of {', '.join(known)}")
-    plan = [(dataset, row, *known[row], seed, data, lr, file) for lr in (RATES[dataset] if tune else [None]) for seed in seeds for row in rows if (dataset, row, seed, lr) not in done]
+    plan = [(dataset, row, *known[row], seed, data, lr, file) for lr in (RATES if tune else [None]) for seed in seeds for row in rows if (dataset, row, seed, lr) not in done]
     with ProcessPoolExecutor(jobs, get_context('spawn')) as pool:
         for run in pool.map(one, *zip(*plan)) if plan else (): print(f"{run['row']:<34} seed {run['seed']} lr {run['lr']} error {100*run['error']:5.1f} %", flush=True)
 
@@ -98,5 +104,5 @@ if __name__ == '__main__':
     parser.add_argument('--data', default=None)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results')
     args = parser.parse_args()
-    a, _, b = (args.seeds or ('100-104' if args.tune else '0-4')).partition('-')
-    main(args.dataset, range(int(a), int(b or a)+1), args.jobs, args.rows or (['plain', 'strong'] if args.tune else list(rows_of())), args.out, args.data, args.tune)
+    a, _, b = (args.seeds or ('100-102' if args.tune else '0-4')).partition('-')
+    main(args.dataset, range(int(a), int(b or a)+1), args.jobs, args.rows or (['plain', 'strong'] if args.tune else list(rows_of(args.dataset))), args.out, args.data, args.tune)

@@ -73,6 +73,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastai_lp.callback.LPCallback._prepare': ( 'callback.html#lpcallback._prepare',
                                                                                 'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback._see': ('callback.html#lpcallback._see', 'fastai_lp/callback.py'),
+                                    'fastai_lp.callback.LPCallback._see_images': ( 'callback.html#lpcallback._see_images',
+                                                                                   'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback._still_holds': ( 'callback.html#lpcallback._still_holds',
                                                                                     'fastai_lp/callback.py'),
                                     'fastai_lp.callback.LPCallback._take': ('callback.html#lpcallback._take', 'fastai_lp/callback.py'),

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ema_decay', 'frozen_copy', 'update_mean', 'RunningMean']
 
-# %% ../nbs/12b_ema.ipynb #b62555be
+# %% ../nbs/12b_ema.ipynb #9a91a489
 from copy import deepcopy
 
 import torch
 from torch import nn
 
-# %% ../nbs/12b_ema.ipynb #6184bb52
+# %% ../nbs/12b_ema.ipynb #5968e57a
 def ema_decay(
     step:int, # t, steps of the optimizer so far, this one included
     most:float=.97, # the decay that it grows to
@@ -23,8 +23,9 @@ def ema_decay(
 def frozen_copy(
     model:nn.Module, # any network
 )->nn.Module:
-    "A copy that no gradient reaches"
-    model = deepcopy(model)
+    "A copy that no gradient reaches, also of a model that keeps results of its last pass, as fastai's AWD-LSTM keeps its dropped-out weights"
+    held = [v for m in model.modules() for o in vars(m).values() for v in (o if isinstance(o, (list, tuple)) else [o]) if isinstance(v, torch.Tensor) and not v.is_leaf]
+    model = deepcopy(model, {id(v): v.detach().clone() for v in held})
     for p in model.parameters():
         p.requires_grad_(False)
         p.grad = None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RandomAffine', 'Cutout', 'strong_tfms', 'OnUnlabeled']
 
-# %% ../nbs/11a_strong.ipynb #5fe84fc6
+# %% ../nbs/11a_strong.ipynb #0b5f3942
 import math
 from contextlib import contextmanager
 
@@ -17,7 +17,7 @@ from fastai.vision.core import TensorImage
 from fastcore.basics import listify, store_attr
 
 
-# %% ../nbs/11a_strong.ipynb #f9c0e4c7
+# %% ../nbs/11a_strong.ipynb #490f6711
 class RandomAffine:
     "Affine matrices for `AffineCoordTfm`: every image turned, scaled, sheared and shifted at random"
     def __init__(self,
@@ -36,7 +36,7 @@ class RandomAffine:
         rows = [cos, slant*cos-sin, down], [sin, slant*sin+cos, right], [zero, zero, zero+1]
         return torch.stack([torch.stack(row, 1) for row in rows], 1)
 
-# %% ../nbs/11a_strong.ipynb #7b2d728d
+# %% ../nbs/11a_strong.ipynb #dc894b79
 class Cutout(DisplayedTransform):
     "Cover a square of each image with the image's mean colour, each at its own place: a part of the square may lie outside (DeVries and Taylor 2017)"
     split_idx, order = 0, 101  # after Normalize, as fastai's RandomErasing; the mean is the mean there too
@@ -53,7 +53,7 @@ class Cutout(DisplayedTransform):
         rows, cols = ((torch.arange(m, device=x.device)+.5 - at).abs() <= half for m, at in ((h, y), (w, x0)))
         return torch.where((rows[:, None, :, None] & cols[:, None, None, :]), x.mean((2, 3), keepdim=True), x)
 
-# %% ../nbs/11a_strong.ipynb #569ce08c
+# %% ../nbs/11a_strong.ipynb #10a95da2
 class _OfColour(DisplayedTransform):
     "Transforms of brightness and colour, on images of three channels: elsewhere a channel may be anything"
     order = 40  # as fastai's: on values from 0 to 1, before Normalize
@@ -66,12 +66,12 @@ class _OfColour(DisplayedTransform):
 
 
 def strong_tfms(
-    degrees:float=30., # turned by at most this, either way
-    scale:float=.2, # scaled by at most this share
-    shift:float=.25, # shifted by at most this share of half the width
-    shear:float=.2, # sheared by at most this
+    degrees:float=15., # turned by at most this, either way
+    scale:float=.1, # scaled by at most this share
+    shift:float=.1, # shifted by at most this share of half the width
+    shear:float=.1, # sheared by at most this
     lighting:float=.4, # most change of brightness, contrast and saturation, as in `aug_transforms`; colour images only, with values from 0 to 1 before Normalize
-    cutout:float=.4, # side of the square that is covered, at most, as a share of the image's
+    cutout:float=.3, # side of the square that is covered, at most, as a share of the image's
     pad_mode=PadMode.Border, # of what comes in from outside
 )->list: # for `batch_tfms`, or `LPCallback(strong_tfms=)`
     """Transforms of a batch of images that a person would still recognise; each image has its own draw.
@@ -82,7 +82,7 @@ def strong_tfms(
     if cutout: tfms.append(Cutout(cutout))
     return tfms
 
-# %% ../nbs/11a_strong.ipynb #5101d9d9
+# %% ../nbs/11a_strong.ipynb #ecd4ac3c
 class OnUnlabeled(ItemTransform):
     "A transform of a batch, on its unlabeled items alone (target below 0), in training alone; in its place of the order of the batch's transforms"
     split_idx = 0

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -36,13 +37,14 @@ from fastai.text.learner import text_classifier_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.torch_core import params, set_seed, trainable_params
 from fastai.vision.augment import Resize, aug_transforms
+from fastai.vision.core import TensorImage
 from fastai.vision.learner import vision_learner
 from fastcore.basics import noop
 from torchvision.models import resnet18
 
 from conftest import blob_learner, blobs, flat_weights
 from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategoryBlock, SemiImageDataLoaders, semi_dls, targets_of
+from fastai_lp.data import SemiCategoryBlock, SemiImageDataLoaders, TwoStream, semi_dls, targets_of
 from fastai_lp.datasets import digits, digits_folder
 from fastai_lp.features import find_classifier
 from fastai_lp.labelers import Diffusion
@@ -329,6 +331,22 @@ def mixup(make): mixed(make, MixUp())
 
 @habit
 def cutmix(make): mixed(make, CutMix())
+
+
+@habit
+def beyond_the_paper(make):
+    "The preset, and more of what goes beyond the paper; what is no image keeps its inputs, with a warning"
+    learn, cb, spy = make(), LPCallback.strong(ema=.9, steps=2, soft=True, unlabeled_views=2 if isinstance(make().dls.train, TwoStream) else 1, min_labeled=1), Spy()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        learn.fit(1, cbs=[cb, spy])
+    images = any(isinstance(o, TensorImage) for o in learn.dls.train.one_batch())
+    assert images == (not any('strong_tfms=True is for images' in str(o.message) for o in said))
+    p = cb.record.pseudo
+    torch.testing.assert_close(p.soft.sum(1)[p.reached], torch.ones(int(p.reached.sum())))
+    most = max(p.weights.max(), 1)
+    for pred, target, loss, hard in spy.batches: assert target.shape == pred.shape and target.min() >= 0 and math.isfinite(loss) and not hard.is_floating_point()
+    learn.validate()
 
 
 @habit

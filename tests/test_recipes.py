@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import fastai_lp.recipes
 from fastai_lp.callback import LPCallback
 from fastai_lp.datasets import ImageArrays, digits, show_labels
 from fastai_lp.interpret import LPInterpretation
-from fastai_lp.recipes import METHODS, RECIPES, Recipe, run_method
+from fastai_lp.recipes import METHODS, RECIPES, Recipe, file_name, run_method, settings_of
 
 
 def stripes(n, size, seed=0, classes=3):
@@ -95,7 +95,7 @@ def test_ablation_and_kept_pseudo_labels(data, tmp_path):
 
 
 def test_paper_settings():
-    assert set(RECIPES) == {'digits', 'cifar10', 'cifar100', 'mini_imagenet'} and METHODS == ('supervised', 'network', 'gtg', 'lp', 'mt', 'mt+lp', 'diffusion')
+    assert set(RECIPES) == {'digits', 'cifar10', 'cifar100', 'mini_imagenet'} and METHODS == ('supervised', 'network', 'gtg', 'lp', 'strong', 'mt', 'mt+lp', 'diffusion')
     r = RECIPES['cifar10']
     assert (r.lr, r.bs, r.labeled_bs, r.stage1, r.stage2, r.momentum, r.wd, r.k, r.gamma, r.alpha, r.max_iter) == (.05, 100, 50, 180, 180, .9, 2e-4, 50, 3, .99, 20)
     assert (r.tol, r.seeds, r.omega_norm, r.zeta_norm, r.decay, r.consistency, r.rampup, r.logit_distance) == (1e-6, 'class_size', 'all', 'items', .97, 100, 5, .01)
@@ -115,6 +115,47 @@ def test_settings_reach_the_run(data, changes, tmp_path):
 def test_settings_of_mean_teacher_reach_the_run(data, changes, tmp_path):
     a, b = (run_method(data, 'mt+lp', replace(FEW, network='convnet13' if 'logit_distance' in changes else 'small', stage2=2, **o), tmp_path/str(i), device='cpu', bar=False) for i, o in enumerate(({}, changes)))
     assert figures(a) != figures(b)
+
+
+TRICKS = dict(soft=dict(soft=True), sharp=dict(temperature=.3), even=dict(balance='sinkhorn', prior='uniform'), views=dict(unlabeled_views=2), ema=dict(ema=.9), augment=dict(augment=2),
+              pixels=dict(backbone='pixels'), k=dict(k=3), mutual=dict(symmetry='mutual'), local=dict(local=3), poisson=dict(labeler='poisson'), mixup=dict(mix='mixup unlabeled'),
+              cutmix=dict(mix='cutmix each'), steps=dict(steps=2), strong=dict(strong_tfms=True), milder=dict(strong_tfms=dict(degrees=1., cutout=0)))
+
+
+@pytest.mark.parametrize('tricks', TRICKS)
+def test_tricks_reach_the_run(data, tricks, tmp_path):
+    "Each in files of its own, after the same first stage"
+    recipe = replace(FEW, network='small', width=4)
+    a, b = (run_method(data, 'lp', o, tmp_path, device='cpu', bar=False) for o in (recipe, replace(recipe, tricks=TRICKS[tricks])))
+    assert figures(a) != figures(b) and figures(dict(a, stages=a['stages'][:1], history=[], error_rate=0, top5_error=0, kept=0)) == figures(dict(b, stages=b['stages'][:1], history=[], error_rate=0, top5_error=0, kept=0))
+    assert b['recipe']['tricks'] == TRICKS[tricks] and not set(a['kept']) & set(b['kept'])
+    assert len(list(tmp_path.glob('*-stage1.pth'))) == 1 and len(list(tmp_path.glob('*-stage2.pth'))) == 2
+    assert json.loads(json.dumps(b))['recipe'] == b['recipe']
+
+
+def test_strong_is_the_preset(data, tmp_path):
+    recipe = replace(FEW, network='small', width=4, k=None)
+    a = run_method(data, 'strong', recipe, tmp_path, device='cpu', bar=False)
+    same = run_method(data, 'lp', replace(recipe, tricks=dict(strong_tfms=True, temperature=.2, balance='sinkhorn', prior='labels')), tmp_path, device='cpu', bar=False)
+    assert a['stages'][1][-1]['error_rate'] == same['stages'][1][-1]['error_rate'] and [o['accuracy'] for o in a['history']] == [o['accuracy'] for o in same['history']]
+    other = run_method(data, 'strong', replace(recipe, tricks=dict(balance=None)), tmp_path, device='cpu', bar=False)
+    assert [o['certainty'] for o in other['history']] != [o['certainty'] for o in a['history']]
+
+
+def test_a_stopped_run_with_tricks(data, tmp_path, monkeypatch):
+    recipe = replace(FEW, network='small', width=4, tricks=dict(ema=.9, steps=2, soft=True, unlabeled_views=2))
+    through = run_method(data, 'strong', recipe, tmp_path/'a', device='cpu', bar=False)
+    with monkeypatch.context() as m:
+        m.setattr(fastai_lp.recipes._Watch, 'before_batch', Stop('stage2', 1).before_batch(), raising=False)
+        with pytest.raises(KeyboardInterrupt): run_method(data, 'strong', recipe, tmp_path/'b', device='cpu', bar=False)
+    assert figures(run_method(data, 'strong', recipe, tmp_path/'b', device='cpu', bar=False)) == figures(through)
+
+
+def test_settings_that_came_later_leave_older_runs_their_names():
+    "Results and checkpoints from before have no such settings; a run without them is still the same run"
+    assert not {'tricks', 'stride'} & set(settings_of(Recipe())) and set(settings_of(Recipe())) == set(asdict(Recipe())) - {'tricks', 'stride'}
+    assert settings_of(Recipe(stride=2, tricks=dict(k=3)))['tricks'] == dict(k=3)
+    assert file_name('a', 'lp', Recipe()) == 'a-lp' and file_name('a', 'lp', Recipe(tricks=dict(k=3))) != file_name('a', 'lp', Recipe(tricks=dict(k=4)))
 
 
 @pytest.mark.parametrize('changes, said', [(dict(network='vgg'), 'network'), (dict(optimizer='lamb'), 'optimizer'), (dict(schedule='step'), 'schedule')])

@@ -245,3 +245,15 @@ def test_on_digits_it_is_seen():
         return flat_weights(learn)
     assert not torch.equal(last(), last(strong_tfms=True)) and torch.equal(last(strong_tfms=True), last(strong_tfms=True))
     assert torch.equal(last(), last(strong_tfms=[]))
+
+
+def test_inputs_that_are_no_images():
+    "The default transforms would do nothing, which is said, once"
+    learn = blob_learner()
+    with pytest.warns(UserWarning, match='strong_tfms=True is for images, and the inputs are Tensor') as seen: learn.fit(3, cbs=LPCallback(warmup=1, strong_tfms=True))
+    assert sum('strong_tfms' in str(o.message) for o in seen) == 1
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        blob_learner().fit(1, cbs=LPCallback(strong_tfms=Mark()))  # somebody's own are theirs
+        blob_learner().fit(1, cbs=LPCallback.strong(strong_tfms=None))
