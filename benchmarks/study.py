@@ -2,12 +2,14 @@
 
     python benchmarks/study.py digits [--seeds 0-4] [--jobs 2] [--rows plain strong ...] [--out benchmarks/results]
     python benchmarks/study.py cifar10 --data cifar10_jpeg.npz
+    python benchmarks/study.py uneven
 
 A row is a set of changes to plain `lp` ("alone"), or to `LPCallback.strong()` ("without", "with"), all else equal: draw of the labels,
 weights to begin with, batches, number of steps. Each run is a line of `study_DATASET.jsonl`; lines that are there are not run again.
 `--tune` runs `lp` and `strong` over the learning rates on seeds 100 to 102, which no row uses, into `study_tune.jsonl` (the digits' are those of
 `tune_digits.py`). The preset was put together on the seeds 100 to 109. nbs/27_beyond.ipynb makes the tables and figures.
 
+uneven: the digits without four fifths of the unlabeled 5s to 9s, still two labels of each: the labels say nothing of the classes' shares.
 digits: 20 labels of 1,347 training items, 450 test items, the recipe of `lp_train digits`.
 cifar10: 250 labels of 5,000 training images, 2,000 test images, 32×32 pixels; the small network with a first stride of 2, Adam, one cycle
 per stage: 60 epochs on the labels (300 steps), 10 with the pseudo-labels (950 steps), batches of 50 + 50."""
@@ -20,6 +22,8 @@ from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+
+import numpy as np
 
 from fastai_lp.datasets import cifar10, digits, show_labels
 from fastai_lp.files import append_json_line, read_json_lines
@@ -57,10 +61,20 @@ DIGITS_ONLY = 'affine alone', 'cutout alone', 'alignment', 'k = 5', 'k = 20', 'M
 
 def rows_of(dataset):
     "name: (method, changes)"
+    if dataset == 'uneven': return {'plain': ('lp', {}), 'strong': ('strong', {}), 'without: Sinkhorn': ('strong', dict(balance=None)), 'with: the true shares': ('strong', dict(prior=[5]*5+[1]*5))}
     rows = {'plain': ('lp', {}), 'strong': ('strong', {})}
     rows |= {f'alone: {k}': ('lp', v) for k, v in TRICKS.items() if dataset == 'digits' or k not in DIGITS_ONLY}
     rows |= {f'without: {k}': ('strong', v) for k, v in LEFT_OUT.items()}
     return rows | {f'with: {k}': ('strong', TRICKS[k]) for k in ADDED if dataset == 'digits'}
+
+
+def thinned(images):
+    "One in five of the unlabeled items of the classes 5 to 9"
+    truth, kept = images.truth[images.train], np.ones(len(images.train), dtype=bool)
+    for c in range(5, 10):
+        free = np.flatnonzero((truth == c) & (images.shown < 0))
+        kept[free[np.arange(len(free)) % 5 > 0]] = False
+    return replace(images, train=images.train[kept], shown=images.shown[kept], ids=None)
 
 
 @cache
@@ -70,9 +84,10 @@ def folder(): return tempfile.mkdtemp(prefix='study-')
 def one(dataset, row, method, changes, seed, data, lr, out):
     changes = dict(changes)
     more = changes.pop('recipe', {}).get(dataset, {})
-    if dataset == 'digits': images, recipe = digits(20, seed), RECIPES['digits']
+    if dataset != 'cifar10': images, recipe = digits(20, seed), RECIPES['digits']
     else: images, recipe = show_labels(cifar10(data, 5000, 2000), 250, seed=seed), CIFAR
     if changes.get('steps') and dataset == 'cifar10': changes['steps'] = 48
+    if dataset == 'uneven': images = thinned(images)
     recipe = replace(recipe, **({} if lr is None else dict(lr=lr)), **more, tricks=changes or None)
     name = '-'.join([dataset, str(seed), str(lr), *more])  # rows with the same first stage find it in the folder of their process
     run = run_method(images, method, recipe, folder(), name, seed, keep=(), device='cpu', bar=False)
@@ -96,7 +111,7 @@ def main(dataset, seeds, jobs, rows, out, data, tune):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('dataset', choices=['digits', 'cifar10'])
+    parser.add_argument('dataset', choices=['digits', 'cifar10', 'uneven'])
     parser.add_argument('--seeds', default=None)
     parser.add_argument('--jobs', type=int, default=os.cpu_count())
     parser.add_argument('--rows', nargs='+', default=None)

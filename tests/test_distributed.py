@@ -174,6 +174,8 @@ def everything(rank, path):
         rows=gather_rows(torch.arange(6).view(3, 2)[:3-rank] + 10*rank),
         extraction=extraction(rank, path), fit=whole_fit(rank, path), warned=warned(rank, path), teachers=teachers(rank, path), resumed=resumed(rank, path),
         two=fit(learner(path, plain=True), 3, [LPCallback(warmup=1)], Batches(), .1), single=single(rank, path),
+        beyond=fit(learner(path, seed=rank), 3, [LPCallback(warmup=1, ema=.9, steps=2, unlabeled_views=2, augment=2, temperature=.5, balance='sinkhorn')], Batches()),
+        least=fit(learner(path, two_stream=False), 2, [LPCallback(min_labeled=4)], Batches()),
         one=fit(learner(path, two_stream=False, plain=True, workers=rank), 3, [LPCallback(warmup=1)], Batches(), .1))
 
 
@@ -297,6 +299,23 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(ranks):
     a, b = (r['resumed']['again'] for r in ranks)
     assert same(a['weights'], b['weights']) and same(a['history'], b['history'])
     assert not all(row['searched'] for row in a['history'])  # the neighbours of an earlier epoch, in shares too
+
+
+def test_beyond_the_paper(ranks):
+    a, b = (r['beyond'] for r in ranks)
+    assert same(a['weights'], b['weights']) and same(a['history'], b['history']) and len({o['step'] for o in a['history']}) > 1 and a['whole'] and b['whole']
+    for r in (a, b):
+        assert r['right'] and all(r['right']) and {len(o) for o in r['items'][0]} == {BS}
+        for batch in sum(r['items'][1:], []):
+            free = batch[LABELED:]
+            assert all(i < 12 for i in batch[:LABELED]) and free[:len(free)//2] == free[len(free)//2:] and all(i >= 12 for i in free)
+        assert max(len(o) for o in r['items'][1]) == LABELED + 2*(BS-LABELED)
+
+
+def test_at_least_so_many_labeled_items_in_each_process(ranks):
+    a, b = (r['least'] for r in ranks)
+    assert same(a['weights'], b['weights']) and a['whole'] and b['whole']
+    for r in (a, b): assert all(r['right']) and min(n for epoch in r['labeled'] for n in epoch) >= 4
 
 
 def test_nobody_waits_outside_distrib_ctx(ranks): assert all(r['single']['done'] for r in ranks)
