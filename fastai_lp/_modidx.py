@@ -240,6 +240,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastai_lp.ema': { 'fastai_lp.ema.RunningMean': ('ema.html#runningmean', 'fastai_lp/ema.py'),
                                'fastai_lp.ema.RunningMean.__init__': ('ema.html#runningmean.__init__', 'fastai_lp/ema.py'),
                                'fastai_lp.ema.RunningMean.load_state_dict': ('ema.html#runningmean.load_state_dict', 'fastai_lp/ema.py'),
+                               'fastai_lp.ema.RunningMean.of': ('ema.html#runningmean.of', 'fastai_lp/ema.py'),
                                'fastai_lp.ema.RunningMean.state_dict': ('ema.html#runningmean.state_dict', 'fastai_lp/ema.py'),
                                'fastai_lp.ema.RunningMean.update': ('ema.html#runningmean.update', 'fastai_lp/ema.py'),
                                'fastai_lp.ema.ema_decay': ('ema.html#ema_decay', 'fastai_lp/ema.py'),

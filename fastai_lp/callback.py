@@ -193,7 +193,7 @@ class LPCallback(FitScoped):
         "The transductive step, and everything that the epoch's batches need"
         if self._fit is None: raise ValueError("there is no training item: a Learner from load_learner comes without data; set learn.dls before the fit")
         self._fit.rank, self._fit.world = share_batches(self.dls.loaders)
-        if self.ema is not None and self.record.mean is None: self.record.mean = RunningMean(unwrapped(self.learn.model), self.ema)
+        if self.ema is not None: self.record.mean = RunningMean.of(unwrapped(self.learn.model), self.ema, self.record.mean)
         if self._fit.due: self._update()
         self._prepare()
 

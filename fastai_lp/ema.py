@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ema_decay', 'frozen_copy', 'update_mean', 'RunningMean']
 
-# %% ../nbs/12b_ema.ipynb #9a91a489
+# %% ../nbs/12b_ema.ipynb #360ac92f
 from copy import deepcopy
 
 import torch
 from torch import nn
 
-# %% ../nbs/12b_ema.ipynb #5968e57a
+# %% ../nbs/12b_ema.ipynb #30cec0d6
 def ema_decay(
     step:int, # t, steps of the optimizer so far, this one included
     most:float=.97, # the decay that it grows to
@@ -53,6 +53,14 @@ class RunningMean:
         model:nn.Module, # to begin with
         decay:float=.99, # at most, see `ema_decay`
     ): self.model, self.decay, self.step = frozen_copy(model).eval(), decay, 0
+
+    @classmethod
+    def of(cls, model, decay, old=None):
+        "`old`, on the device of the model and with that decay, where it is a mean of such a model; else a new one"
+        if old is None or [p.shape for p in old.model.parameters()] != [p.shape for p in model.parameters()]: return cls(model, decay)
+        old.model.to(next(model.parameters()).device)
+        old.decay = decay
+        return old
 
     def update(self, model):
         "After a step of the optimizer"

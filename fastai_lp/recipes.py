@@ -137,12 +137,12 @@ def top5_error(
 
 
 class _Keep(Callback):
-    "Saves the pseudo-labels of some epochs, without their graph"
+    "Saves the pseudo-labels of some epochs, without their graph and scores"
     order, run_valid = 0, False
     def __init__(self, epochs, path): self.epochs, self.path = epochs, path
     def file(self, epoch): return self.path.with_name(f'{self.path.name}-{epoch}.npz')
     def after_train(self):
-        if self.epoch in self.epochs: LPInterpretation(replace(self.lp_record.pseudo, W=None, Z=None), self.lp_record.history, self.lp_record.truth).save(self.file(self.epoch))
+        if self.epoch in self.epochs: LPInterpretation(replace(self.lp_record.pseudo, W=None, Z=None, soft=None), self.lp_record.history, self.lp_record.truth).save(self.file(self.epoch))
     def files(self): return [self.file(o).name for o in self.epochs if self.file(o).exists()]
 
 

@@ -344,3 +344,15 @@ def test_backbone(shape, extracted):
         assert found.logits.shape == (120, 3)
     assert net.training and net.drop.training and all(torch.equal(a, b) for a, b in zip(before, net.parameters()))  # as it was, and not trained
     assert torch.equal(learn.lp_record.pseudo.labels, Diffusion()(expected, torch.zeros(120, 3), torch.where(torch.arange(120) < 9, data.truth[:120], -1)).labels)
+
+
+def test_a_second_fit_goes_on_with_the_mean_and_another_model_begins_anew():
+    learn = blob_learner(cbs=LPCallback(ema=.9))
+    learn.fit(1)
+    mean, steps = learn.lp_record.mean, learn.lp_record.mean.step
+    learn.fit(1)
+    assert learn.lp_record.mean is mean and mean.step == 2*steps
+    learn.model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+    learn.opt = None
+    learn.fit(1)
+    assert learn.lp_record.mean is not mean and learn.lp_record.mean.step == steps

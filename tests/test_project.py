@@ -5,14 +5,14 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
 
 import fastai_lp
-from fastai_lp.recipes import METHODS, RECIPES
+from fastai_lp.recipes import METHODS, RECIPES, settings_of
 
 root = Path(__file__).resolve().parents[1]
 modules = sorted(p for p in (root/'fastai_lp').glob('*.py') if p.name != '_modidx.py')
@@ -29,7 +29,7 @@ def test_table_in_readme_is_that_of_the_committed_runs():
     assert to_markdown(summarize(runs)) in (root/'README.md').read_text()
     for r in runs:
         recipe = replace(RECIPES['digits'], omega=r['recipe']['omega'], zeta=r['recipe']['zeta']).of(r['method'])
-        assert r['recipe'] == asdict(recipe), 'the recipe has changed since the runs: run them again'
+        assert r['recipe'] == settings_of(recipe), 'the recipe has changed since the runs: run them again'
 
 
 def test_what_the_committed_runs_show():
