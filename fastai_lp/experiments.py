@@ -36,9 +36,9 @@ test_error.__test__ = False  # no test of pytest's
 def row_name(
     run:dict, # as from `run_method`
 )->str:
-    "Its method, and what of its weights was switched off"
+    "Its method, what of its weights was switched off, and what was changed beyond the paper"
     off = ' = '.join(o for o, on in (('ω', run['recipe']['omega']), ('ζ', run['recipe']['zeta'])) if not on)
-    return run['method'] + (f', {off} = 1' if off else '')
+    return run['method'] + (f', {off} = 1' if off else '') + ''.join(f', {k}={v}' for k, v in (run['recipe'].get('tricks') or {}).items())
 
 
 def _rows(runs): return {o: [r for r in runs if row_name(r) == o] for o in dict.fromkeys(map(row_name, runs))}
@@ -212,7 +212,7 @@ def _beside(dataset, data, labels):
 def lp_train(
     dataset:str, # 'digits', 'cifar10', 'cifar100' or 'mini_imagenet'
     labels:int=None, # labeled items in all, the same number of each class; default: the least of the paper, 500 of CIFAR-10 and 4000 of the larger sets; 20 of the digits
-    methods:str='supervised,network,lp', # comma-separated: supervised, network, gtg, lp, mt, mt+lp, diffusion
+    methods:str='supervised,network,lp', # comma-separated: supervised, network, gtg, lp, strong, mt, mt+lp, diffusion
     seeds:int=3, # draws of the labels, 0 to seeds−1; not with --split
     out:str='results', # folder for the results: a line per run in DATASET.jsonl, a figure, checkpoints, pseudo-labels
     device:str=None, # 'cpu', 'cuda'; default: the GPU where there is one
