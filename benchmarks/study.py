@@ -12,7 +12,7 @@ weights to begin with, batches, number of steps. Each run is a line of `study_DA
 uneven: the digits without four fifths of the unlabeled 5s to 9s, still two labels of each: the labels say nothing of the classes' shares.
 digits: 20 labels of 1,347 training items, 450 test items, the recipe of `lp_train digits`.
 cifar10: 250 labels of 5,000 training images, 2,000 test images, 32×32 pixels; the small network with a first stride of 2, Adam, one cycle
-per stage: 60 epochs on the labels (300 steps), 10 with the pseudo-labels (950 steps), batches of 50 + 50."""
+per stage: 60 epochs on the labels (300 steps), 6 with the pseudo-labels (570 steps), batches of 50 + 50."""
 import argparse
 import json
 import os
@@ -29,7 +29,7 @@ from fastai_lp.datasets import cifar10, digits, show_labels
 from fastai_lp.files import append_json_line, read_json_lines
 from fastai_lp.recipes import RECIPES, Recipe, run_method
 
-CIFAR = Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=3e-3, wd=.01, bs=100, labeled_bs=50, k=None, threads=1, stage1=60, stage2=10, stride=2)
+CIFAR = Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=3e-3, wd=.01, bs=100, labeled_bs=50, k=None, threads=1, stage1=60, stage2=6, stride=2)
 RATES = 1e-3, 3e-3, 1e-2
 
 # what is tried: arguments of LPCallback (see `recipes.beyond`); 'recipe': of the recipe
@@ -43,7 +43,7 @@ TRICKS = {
     'temperature and Sinkhorn': dict(temperature=.2, balance='sinkhorn'),
     'soft labels': dict(soft=True),
     'two views': dict(unlabeled_views=2),
-    'fewer labeled per batch': dict(recipe=dict(digits=dict(labeled_bs=16, stage2=22), cifar10=dict(labeled_bs=25, stage2=15))),
+    'fewer labeled per batch': dict(recipe=dict(digits=dict(labeled_bs=16, stage2=22), cifar10=dict(labeled_bs=25, stage2=9))),
     'running mean': dict(ema=.95),
     'mean of 4 views': dict(augment=4),
     'pixels as backbone': dict(backbone='pixels'),

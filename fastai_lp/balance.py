@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['class_prior', 'sharpened', 'balanced']
 
-# %% ../nbs/01a_balance.ipynb #62222921
+# %% ../nbs/01a_balance.ipynb #2c45dbe4
 import torch
 
-# %% ../nbs/01a_balance.ipynb #e616b0de
+# %% ../nbs/01a_balance.ipynb #a8367b8f
 def class_prior(
     prior, # 'uniform'; 'labels': the shares of the given labels; or c numbers, of which only the ratios count
     y:torch.Tensor, # int [n] the given labels, below 0 where unlabeled

@@ -100,7 +100,8 @@ class LPCallback(FitScoped):
         min_labeled:int=0, # at least so many labeled items in every batch; where fewer were drawn, unlabeled ones give their place up for this epoch. In batches of two streams `labeled_bs` decides
         augment:int=0, # average the descriptors of so many augmented views; 1, or True, is what the authors' program does. 0: of the item as it is, as a new item will be
         ema:float=None, # take descriptors and predictions from the running mean of the network's parameters, of this decay at most, such as .99
-        backbone=None, # module, such as a pretrained network, whose output is the descriptor, in place of the network that is trained
+        backbone=None, # module, such as a pretrained network or `features.Thumbnail()`, whose output is the descriptor, in place of the network that is trained
+        beside:float=None, # join the backbone's descriptor to the network's own, with this weight in the first epoch of a fit, falling to 0 over its epochs: it helps most while the network knows little
         max_bytes:int=2**32, # descriptors that take more lie in a temporary file, see `features.extract_features`
         truth=None, # true classes, for the figures only (see `truth_of`): they never reach the training. Choosing a model by them is a leak
         **graph
@@ -111,10 +112,11 @@ class LPCallback(FitScoped):
                                           ('unlabeled_views', unlabeled_views, unlabeled_views >= 1, 'at least 1'), ('min_labeled', min_labeled, min_labeled >= 0, '0 or more items'),
                                           ('augment', augment, augment >= 0, '0 or more views'), ('ema', ema, ema is None or 0 <= ema < 1, 'None, or a decay in [0, 1)')):
             if not ok: raise ValueError(f"{name}={value!r}: expected {expected}")
-        if backbone is not None and layer is not None: raise ValueError("layer= is a place in the trained network, backbone= is another network: choose one")
+        if beside is not None and (backbone is None or beside < 0): raise ValueError(f"beside={beside!r} is the weight of a backbone's descriptor: expected backbone= and 0 or more")
+        if backbone is not None and beside is None and layer is not None: raise ValueError("layer= is a place in the trained network, backbone= is another network: choose one")
         self.labeler = Diffusion(**graph) if labeler is None else labeler
         self.warmup, self.every, self.layer, self.augment, self.max_bytes, self.truth = warmup, every, layer, augment, max_bytes, truth
-        self.steps, self.strong_tfms, self.unlabeled_views, self.min_labeled, self.ema, self.backbone = steps, L(_strong_tfms() if strong_tfms is True else strong_tfms or None), unlabeled_views, min_labeled, ema, backbone
+        self.steps, self.strong_tfms, self.unlabeled_views, self.min_labeled, self.ema, self.backbone, self.beside = steps, L(_strong_tfms() if strong_tfms is True else strong_tfms or None), unlabeled_views, min_labeled, ema, backbone, beside
         self._made_for_images = strong_tfms is True
         self.record, self._course = LPRecord(), 0  # epochs of all fits so far
         self._fit = self._data = None
@@ -163,7 +165,7 @@ class LPCallback(FitScoped):
         vocab = _vocab(learn.dls)
         check_labels(y, learn.dls.c, vocab)
         PseudoLabelLoss(unwrap_loss(learn.loss_func))
-        if self.backbone is None: find_descriptor(learn.model, learn.dls.c, self.layer)
+        if self.backbone is None or self.beside: find_descriptor(learn.model, learn.dls.c, self.layer)
         if self.layer is None: find_classifier(learn.model, learn.dls.c)
         fit.y = y.to(learn.dls.device)
         if self.truth is not None: fit.truth = truth_of(self.truth, dl, y, vocab).to(fit.y.device)
@@ -205,7 +207,8 @@ class LPCallback(FitScoped):
         if fit.world > 1: level(*unwrapped(self.learn.model).buffers())  # each process has its own batches' BatchNorm statistics
         with work_shared(fit.rank, fit.world):
             model = self._averaged() if self.ema is not None else None
-            with fit.plain(): found = extract_features(self.learn, self._layer(model), augment=self.augment, max_bytes=self.max_bytes, model=model, backbone=self.backbone, **bar)
+            with fit.plain(): found = extract_features(self.learn, self._layer(model), augment=self.augment, max_bytes=self.max_bytes, model=model, backbone=self.backbone,
+                                                  beside=None if self.beside is None else self.beside*(1-self.epoch/self.n_epoch), **bar)
             extracted = time.perf_counter()
             if found.logits.shape[1] != self.dls.c:
                 raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")

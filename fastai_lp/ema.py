@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ema_decay', 'frozen_copy', 'update_mean', 'RunningMean']
 
-# %% ../nbs/12b_ema.ipynb #360ac92f
+# %% ../nbs/12b_ema.ipynb #5ed8f9fb
 from copy import deepcopy
 
 import torch
 from torch import nn
 
-# %% ../nbs/12b_ema.ipynb #30cec0d6
+# %% ../nbs/12b_ema.ipynb #78e97e6e
 def ema_decay(
     step:int, # t, steps of the optimizer so far, this one included
     most:float=.97, # the decay that it grows to

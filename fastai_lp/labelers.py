@@ -30,7 +30,7 @@ class _Labeler:
 
     def _settings(self): return {k: v for k, v in asdict(self).items() if k not in ('omega', 'zeta', 'start', 'warm_start')}
 
-    def _weighing(self): return {k: getattr(self, k) for k in ('omega_norm', 'zeta_norm', 'temperature', 'balance', 'prior', 'soft')}
+    def _weighing(self): return {k: getattr(self, k) for k in ('omega_norm', 'zeta_norm', 'temperature', 'balance', 'prior', 'soft', 'omega_power')}
 
     def forget(self):
         "As new: nothing of an earlier call is used in the next"
@@ -72,10 +72,11 @@ class Diffusion(_Labeler):
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
     symmetry:str='sum' # 'sum' (the paper), 'max' or 'mutual', see `graph.affinity`
     local:int=None # local scaling by the distance to this neighbour rather than s^γ, see `graph.affinity`
-    temperature:float=1. # see `pseudo.from_scores`, as the next three
+    temperature:float=1. # see `pseudo.from_scores`, as the next four
     balance:str=None # 'align' or 'sinkhorn': in line with `prior`
     prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
     soft:bool=False # train towards distributions
+    omega_power:float=1. # ω to this power; above 1, only the surest items count
     keep_Z:bool=True # keep all scores; False: see `pseudo.spread`. The warning of collapsed certainty needs them
     refresh:str='exact' # compare all items in every call, or, with 'auto', only with what an earlier one found where that will do; see `warm.Neighbors`
     min_recall:float=.95 # with 'auto': when it will do
@@ -101,10 +102,11 @@ class NetworkPrediction(_Labeler):
     zeta_norm:str='items' # see `pseudo.class_weights`
     omega:bool=True # weight by certainty; False: ω = 1 for every item (Table 1)
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
-    temperature:float=1. # see `pseudo.from_scores`, as the next three
+    temperature:float=1. # see `pseudo.from_scores`, as the next four
     balance:str=None # 'align' or 'sinkhorn': in line with `prior`
     prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
     soft:bool=False # train towards distributions
+    omega_power:float=1. # ω to this power; above 1, only the surest items count
 
     def __call__(self,
         feats:torch.Tensor, # not used
@@ -167,10 +169,11 @@ class GTG(_Labeler):
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
     symmetry:str='sum' # 'sum' (the paper), 'max' or 'mutual', see `graph.affinity`
     local:int=None # local scaling by the distance to this neighbour rather than s^γ, see `graph.affinity`
-    temperature:float=1. # see `pseudo.from_scores`, as the next three
+    temperature:float=1. # see `pseudo.from_scores`, as the next four
     balance:str=None # 'align' or 'sinkhorn': in line with `prior`
     prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
     soft:bool=False # train towards distributions
+    omega_power:float=1. # ω to this power; above 1, only the surest items count
 
     def __post_init__(self):
         super().__post_init__()

@@ -6,7 +6,6 @@
 __all__ = ['Potential', 'poisson_sources', 'poisson', 'potential_scores', 'Poisson']
 
 # %% ../nbs/03a_poisson.ipynb #1c9ffe3b
-import math
 import time
 import warnings
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from scipy import sparse
 
 from .work import blocks
-from .search import as_rows, unit_rows
+from .search import as_rows
 from .balance import class_prior
 from .graph import normalize
 from .diffusion import _cg, spmm
@@ -152,9 +151,10 @@ class Poisson(_Labeler):
     omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
     zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
     prior:object='labels' # share of each class among all items: as among the given 'labels', 'uniform', or one number per class, of which the ratios count
-    temperature:float=1. # see `pseudo.from_scores`, as the next two
+    temperature:float=1. # see `pseudo.from_scores`, as the next three
     balance:str=None # 'align' or 'sinkhorn': in line with `prior`
     soft:bool=False # train towards distributions
+    omega_power:float=1. # ω to this power; above 1, only the surest items count
 
     def __call__(self,
         feats:torch.Tensor, # [n, d] descriptors; they are ℓ2-normalised here

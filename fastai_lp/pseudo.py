@@ -135,24 +135,25 @@ def from_scores(
     y:torch.Tensor, # int [n]: the given labels, below 0 for unlabeled items
     omega_norm:str='all', # divide ω by its maximum over 'all' items (the paper), the 'unlabeled' ones, or None: leave it
     zeta_norm:str='items', # see `class_weights`
-    temperature:float=1., # below 1: sharper scores, so a larger ω and harder soft labels; see `balance.sharpened`
+    temperature:float=1., # of the scores behind labels and soft labels, below 1 sharper; ω is that of the scores as they came. See `balance.sharpened`
     balance:str=None, # bring the unlabeled items' scores in line with `prior`: 'align' or 'sinkhorn', see `balance.balanced`
     prior='labels', # of `balance`: 'uniform', 'labels' or one number per class, see `balance.class_prior`
     soft:bool=False, # soft labels: an item trains towards its distribution rather than its likeliest class
+    omega_power:float=1., # ω to this power, after its normalisation; above 1, only the surest items count
     **info, # further fields of `PseudoLabels`
 )->PseudoLabels:
     """Eq. 7, ω and ζ on any scores: labeled items keep their label and get ω = 1, unreached ones get label −1 and ω = 0.
 
     First the temperature, then the balance: the mean of the unlabeled items' rows, soft labels, is the prior. `Z` stays as it came."""
-    check_settings(omega_norm=omega_norm, zeta_norm=zeta_norm, temperature=temperature, balance=balance)
+    check_settings(omega_norm=omega_norm, zeta_norm=zeta_norm, temperature=temperature, balance=balance, omega_power=omega_power)
     info, P = dict(info, Z=Z), Z
     if temperature != 1 or balance or soft: P = sharpened(Z, temperature)
     if balance: P = torch.where((y < 0)[:, None], balanced(P*(y < 0)[:, None], class_prior(prior, y, Z.shape[1]), balance), P)
     if soft: info['soft'] = torch.where((y >= 0)[:, None], F.one_hot(y.clamp(min=0), Z.shape[1]).to(P), P)
-    return _pseudo_labels(P.argmax(1), (Z > 0).any(1), certainty(P), Z.shape[1], y, omega_norm, zeta_norm, **info)
+    return _pseudo_labels(P.argmax(1), (Z > 0).any(1), certainty(Z), Z.shape[1], y, omega_norm, zeta_norm, omega_power, **info)
 
 
-def _pseudo_labels(top, reached, omega, n_classes, y, omega_norm, zeta_norm, **info):
+def _pseudo_labels(top, reached, omega, n_classes, y, omega_norm, zeta_norm, power=1., **info):
     "From the class of the largest score of each item, whether it has any, and its certainty"
     labeled = y >= 0
     reached = labeled | reached
@@ -160,6 +161,7 @@ def _pseudo_labels(top, reached, omega, n_classes, y, omega_norm, zeta_norm, **i
     if omega_norm is not None:
         over = omega if omega_norm == 'all' else omega[~labeled]
         if len(over) and over.max() > 0: omega = (omega/over.max()).clamp(max=1)
+    if power != 1: omega = omega**power
     omega = torch.where(labeled, 1., omega)
     return PseudoLabels(labels, omega, class_weights(labels, n_classes, zeta_norm), labeled, reached, **info)
 
@@ -210,7 +212,7 @@ def check_labels(
 
 # %% ../nbs/02_pseudo.ipynb #dc63c5cc
 def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True, refresh='exact', min_recall=.95,
-                   symmetry='sum', local=None, temperature=1., balance=None, prior='labels', soft=False):
+                   symmetry='sum', local=None, temperature=1., balance=None, prior='labels', soft=False, omega_power=1.):
     "Raise a `ValueError` that names the first setting of `propagate` that cannot be, so that no time is spent before"
     for name, value, ok, expected in (
             ('k', k, k is None or k >= 1, 'None or at least 1 neighbour'),
@@ -227,6 +229,7 @@ def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='cl
             ('symmetry', symmetry, symmetry in ('sum', 'max', 'mutual'), "'sum', 'max' or 'mutual'"),
             ('local', local, local is None or local >= 1, 'None, or the number of the neighbour whose distance is the scale, such as 7'),
             ('temperature', temperature, temperature > 0, 'a number above 0'),
+            ('omega_power', omega_power, omega_power >= 0, '0 or more'),
             ('balance', balance, balance in (None, 'align', 'sinkhorn'), "None, 'align' or 'sinkhorn'"),
             ('prior', prior, prior in ('uniform', 'labels') if isinstance(prior, str) else all(0 < o < math.inf for o in prior), "'uniform', 'labels' or a number above 0 for each class"),
             ('keep_Z', keep_Z, keep_Z or not (soft or balance or temperature != 1), 'True: temperature, balance and soft labels need all scores')):
@@ -260,17 +263,18 @@ def spread(
     seeds:str='class_size', # see `seed_matrix`; by class size, a class with more labels does not swallow the others
     omega_norm:str='all', # see `from_scores`
     zeta_norm:str='items', # see `class_weights`
-    temperature:float=1., # see `from_scores`, as the next three
+    temperature:float=1., # see `from_scores`, as the next four
     balance:str=None, # 'align' or 'sinkhorn': in line with `prior`
     prior='labels', # the classes' shares of the unlabeled items
     soft:bool=False, # train towards distributions
+    omega_power:float=1., # see `from_scores`
     keep_Z:bool=True, # False: the scores are made and used up block by block of classes, and `Z` of the result is None; for large n × c
     x0=None, # [n, c] where CG starts, such as an earlier `Z`; None: from zero, as the paper
 )->PseudoLabels: # its tensors are on the device of `W`
     """Diffusion (Eq. 10), pseudo-labels (Eq. 7), ω (Eq. 11) and ζ on a graph that exists already.
 
     Raises `ValueError` for a class without label, labels out of range, or not one label per item of the graph."""
-    weighing = dict(omega_norm=omega_norm, zeta_norm=zeta_norm, temperature=temperature, balance=balance, prior=prior, soft=soft)
+    weighing = dict(omega_norm=omega_norm, zeta_norm=zeta_norm, temperature=temperature, balance=balance, prior=prior, soft=soft, omega_power=omega_power)
     check_settings(alpha=alpha, max_iter=max_iter, tol=tol, seeds=seeds, keep_Z=keep_Z, **weighing)
     y, n_classes = check_labels(y, n_classes)
     if len(y) != len(W): raise ValueError(f"{len(y)} labels for a graph of {len(W)} items: expected one each, below 0 where unlabeled")
@@ -285,7 +289,7 @@ def spread(
             with reporting(None): Z, *run = diffuse(S, _seed_columns(y, first, stop, seeds), alpha, max_iter, tol, None if x0 is None else x0[:, first:stop])
             rows.add(Z, first)
             runs.append(run)
-        res = _pseudo_labels(rows.top, rows.peak > 0, rows.certainty(n_classes), n_classes, y, omega_norm, zeta_norm, W=W,
+        res = _pseudo_labels(rows.top, rows.peak > 0, rows.certainty(n_classes), n_classes, y, omega_norm, zeta_norm, omega_power, W=W,
                              n_iter=max(n for n, _ in runs), residual=max(o.max().item() for _, o in runs))
     res.seconds = dict(diffusion=time.perf_counter()-start)
     return res

@@ -98,19 +98,33 @@ def test_unlabeled_items_are_balanced(how):
     expected = balanced(sharpened(Z[12:150]), class_prior([4, 3, 2, 1], y, 4), how)
     torch.testing.assert_close(p.soft[12:150], expected)
     assert torch.equal(p.labels[12:150], expected.argmax(1))
-    raw = from_scores(Z, y, balance=how, prior=[4, 3, 2, 1], omega_norm=None)
-    torch.testing.assert_close(raw.certainty[12:150], certainty(expected), rtol=1e-4, atol=1e-5)
+    assert torch.equal(p.certainty, from_scores(Z, y).certainty)
     if how == 'sinkhorn': torch.testing.assert_close(p.soft[12:150].mean(0), torch.tensor([.4, .3, .2, .1]), rtol=0, atol=1e-5)
 
 
-def test_temperature_sharpens_certainty():
+def test_temperature_sharpens_what_is_learned():
+    "ω is that of the scores as they came; labels are the same, soft ones sharper"
     Z, y = scores(), labels()
+    plain = from_scores(Z, y, soft=True)
     for T in (.25, .5, 2.):
-        raw = from_scores(Z, y, temperature=T, omega_norm=None)
-        torch.testing.assert_close(raw.certainty[12:], certainty((Z/Z.amax(1, keepdim=True))**(1/T))[12:], rtol=1e-4, atol=1e-5)
-        assert torch.equal(raw.labels, from_scores(Z, y).labels)
-    sharp, plain, flat = (from_scores(Z, y, temperature=T, omega_norm=None).certainty[12:] for T in (.5, 1., 2.))
-    assert (sharp >= plain).all() and (plain >= flat).all() and sharp.mean() > 1.5*flat.mean()
+        p = from_scores(Z, y, temperature=T, soft=True)
+        torch.testing.assert_close(p.soft[12:], sharpened((Z/Z.amax(1, keepdim=True))**(1/T))[12:])
+        assert torch.equal(p.labels, plain.labels) and torch.equal(p.certainty, plain.certainty)
+        assert ((p.soft.amax(1) >= plain.soft.amax(1)-1e-6) if T < 1 else (p.soft.amax(1) <= plain.soft.amax(1)+1e-6)).all()
+
+
+def test_power_of_certainty():
+    Z, y = scores(), labels()
+    p = from_scores(Z, y)
+    for power in (0., .5, 2., 3.):
+        q = from_scores(Z, y, omega_power=power)
+        torch.testing.assert_close(q.certainty, p.certainty**power)
+        assert torch.equal(q.labels, p.labels) and (q.certainty[:12] == 1).all() and q.certainty.max() == 1
+    torch.testing.assert_close(from_scores(Z, y, omega_norm=None, omega_power=2.).certainty[12:], certainty(Z)[12:]**2)
+    data = blobs(spread=2.)
+    given = torch.tensor([-1 if o is None else o for o in data.labels])
+    whole, blocks = (propagate(data.x, given, omega_power=3., keep_Z=keep) for keep in (True, False))
+    torch.testing.assert_close(whole.certainty, blocks.certainty, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('labeler', LABELERS)
@@ -127,7 +141,7 @@ def test_every_labeler_has_them(labeler):
 
 @pytest.mark.parametrize('labeler', LABELERS)
 def test_settings_that_cannot_be(labeler):
-    for name, bad in dict(temperature=0., balance='even', prior='flat').items():
+    for name, bad in dict(temperature=0., balance='even', prior='flat', omega_power=-1.).items():
         with pytest.raises(ValueError, match=f'{name}='): labeler(**{name: bad})
     with pytest.raises(ValueError, match='prior='): labeler(prior=[1, 0, 1])
     assert labeler(prior=torch.tensor([1., 2])) == labeler(prior=[1, 2])

@@ -26,7 +26,7 @@ from test_resume import Stop, same
 from test_strong import Mark
 
 OPTIONS = dict(steps=dict(steps=3), strong=dict(strong_tfms=Mark()), views=dict(unlabeled_views=2), least=dict(min_labeled=10), mean_of_views=dict(augment=2), ema=dict(ema=.9),
-               backbone=dict(backbone=nn.Identity()), soft=dict(soft=True), balance=dict(balance='sinkhorn', prior='uniform'), sharp=dict(temperature=.5),
+               backbone=dict(backbone=nn.Identity()), beside=dict(backbone=nn.Identity(), beside=1.), power=dict(omega_power=2.), soft=dict(soft=True), balance=dict(balance='sinkhorn', prior='uniform'), sharp=dict(temperature=.5),
                mutual=dict(symmetry='mutual'), local=dict(local=3))
 
 
@@ -58,7 +58,7 @@ def trained(epochs=2, data=None, cbs=(), two_stream=True, **options):
 
 def test_alone_it_is_the_paper():
     args = inspect.signature(LPCallback).parameters
-    off = dict(steps=None, strong_tfms=None, unlabeled_views=1, min_labeled=0, augment=0, ema=None, backbone=None, soft=False, balance=None, temperature=1., symmetry='sum', local=None)
+    off = dict(steps=None, strong_tfms=None, unlabeled_views=1, min_labeled=0, augment=0, ema=None, backbone=None, beside=None, omega_power=1., soft=False, balance=None, temperature=1., symmetry='sum', local=None)
     assert {k: args[k].default for k in off} == off
     assert torch.equal(flat_weights(trained()), flat_weights(trained(**off)))
 
@@ -89,7 +89,7 @@ def test_stopped_and_resumed(option, tmp_path):
     same(through, run(ResumeCallback(tmp_path/'run.pth')))
 
 
-@pytest.mark.parametrize('name, bad', dict(steps=0, unlabeled_views=0, min_labeled=-1, augment=-1, ema=1., temperature=0, balance='even', symmetry='or', local=0).items())
+@pytest.mark.parametrize('name, bad', dict(steps=0, unlabeled_views=0, min_labeled=-1, augment=-1, ema=1., temperature=0, balance='even', symmetry='or', local=0, omega_power=-1).items())
 def test_settings_that_cannot_be(name, bad):
     with pytest.raises(ValueError, match=f'{name}='): LPCallback(**{name: bad})
 
@@ -356,3 +356,40 @@ def test_a_second_fit_goes_on_with_the_mean_and_another_model_begins_anew():
     learn.opt = None
     learn.fit(1)
     assert learn.lp_record.mean is not mean and learn.lp_record.mean.step == steps
+
+
+# A backbone beside the network
+
+def test_a_descriptor_beside_the_networks_own(extracted):
+    "Its weight falls from the first epoch to the last; the similarities are the weighted mean of both"
+    net, data = nn.Linear(8, 5), blobs()
+    class Own(Callback):
+        order = -6
+        def before_fit(self): self.feats = []
+        def before_train(self): self.feats.append(extract_features(self.learn).feats)
+    own = Own()
+    trained(4, data, [own], backbone=net, beside=2.)
+    other = F.normalize(net(data.x[:120])).detach()
+    for epoch, (found, feats) in enumerate(zip(extracted, own.feats)):
+        w = 2*(1-epoch/4)
+        torch.testing.assert_close(found.feats.norm(dim=1), torch.ones(120))
+        torch.testing.assert_close(found.feats @ found.feats.T, (feats@feats.T + w**2*other@other.T)/(1+w**2), rtol=1e-3, atol=1e-5)
+
+
+def test_beside_of_zero_is_the_network_alone():
+    assert torch.equal(flat_weights(trained(backbone=nn.Linear(8, 5), beside=0.)), flat_weights(trained()))
+    with pytest.raises(ValueError, match='beside=1.0 is the weight'): LPCallback(beside=1.)
+    with pytest.raises(ValueError, match='beside=-1'): LPCallback(backbone=nn.Identity(), beside=-1)
+
+
+def test_thumbnail():
+    from fastai_lp.features import Thumbnail
+    x = torch.randn(3, 2, 16, 32)
+    t = Thumbnail(8)(x)
+    small = x.unflatten(2, (4, 4)).unflatten(4, (8, 4)).mean((3, 5)).flatten(1)
+    torch.testing.assert_close(t, small - small.amin(1, keepdim=True))
+    assert (t.amin(1) == 0).all() and Thumbnail(64)(x).shape == (3, 2*16*32) and Thumbnail(8)(x, None).shape == (3, 64)
+    for other in (torch.randn(3, 5), torch.zeros(3, 1, 8, 8, dtype=torch.long)):
+        with pytest.raises(ValueError, match='Thumbnail is for images'): Thumbnail()(other)
+        assert Thumbnail(strict=False)(other).shape == (3, 0)
+    assert torch.equal(flat_weights(trained(backbone=Thumbnail(strict=False), beside=1.)), flat_weights(trained()))

@@ -118,7 +118,7 @@ def test_settings_of_mean_teacher_reach_the_run(data, changes, tmp_path):
 
 
 TRICKS = dict(soft=dict(soft=True), sharp=dict(temperature=.3), even=dict(balance='sinkhorn', prior='uniform'), views=dict(unlabeled_views=2), ema=dict(ema=.9), augment=dict(augment=2),
-              pixels=dict(backbone='pixels'), k=dict(k=3), mutual=dict(symmetry='mutual'), local=dict(local=3), poisson=dict(labeler='poisson'), mixup=dict(mix='mixup unlabeled'),
+              thumbnail=dict(backbone='thumbnail'), beside=dict(backbone='thumbnail', beside=1.), k=dict(k=3), mutual=dict(symmetry='mutual'), local=dict(local=3), poisson=dict(labeler='poisson'), mixup=dict(mix='mixup unlabeled'),
               cutmix=dict(mix='cutmix each'), steps=dict(steps=2), strong=dict(strong_tfms=True), milder=dict(strong_tfms=dict(degrees=1., cutout=0)))
 
 
