@@ -37,24 +37,26 @@ TRICKS = {
     'strong augmentation': dict(strong_tfms=True),
     'affine alone': dict(strong_tfms=dict(cutout=0, lighting=0)),
     'cutout alone': dict(strong_tfms=dict(degrees=0, scale=0, shift=0, shear=0, lighting=0)),
-    'temperature': dict(temperature=.2),
     'Sinkhorn': dict(balance='sinkhorn'),
+    'Sinkhorn, T = 0.2': dict(balance='sinkhorn', temperature=.2),
     'alignment': dict(balance='align'),
-    'temperature and Sinkhorn': dict(temperature=.2, balance='sinkhorn'),
     'soft labels': dict(soft=True),
+    'soft labels, T = 0.2': dict(soft=True, temperature=.2),
+    'ω = 1': dict(omega=False),
+    'ω²': dict(omega_power=2.),
+    'thumbnail beside': dict(backbone='thumbnail', beside=.5),
+    'thumbnail as backbone': dict(backbone='thumbnail'),
     'two views': dict(unlabeled_views=2),
     'fewer labeled per batch': dict(recipe=dict(digits=dict(labeled_bs=16, stage2=22), cifar10=dict(labeled_bs=25, stage2=9))),
     'running mean': dict(ema=.95),
     'mean of 4 views': dict(augment=4),
-    'pixels as backbone': dict(backbone='pixels'),
     'k = 5': dict(k=5), 'k = 10': dict(k=10), 'k = 20': dict(k=20),
     'max': dict(symmetry='max'), 'mutual': dict(symmetry='mutual'), 'local scaling': dict(local=7),
     'Poisson': dict(labeler='poisson'),
     'MixUp': dict(mix='mixup unlabeled'), 'MixUp, all': dict(mix='mixup all'), 'CutMix': dict(mix='cutmix unlabeled'),
     'twice an epoch': dict(steps=21),
 }
-PRESET = dict(strong_tfms=True, temperature=.2, balance='sinkhorn')  # as in LPCallback.strong
-LEFT_OUT = {'strong augmentation': dict(strong_tfms=None), 'temperature': dict(temperature=1.), 'Sinkhorn': dict(balance=None)}
+LEFT_OUT = {'strong augmentation': dict(strong_tfms=None), 'Sinkhorn': dict(balance=None), 'temperature': dict(temperature=1.), 'ω = 1': dict(omega=True), 'thumbnail': dict(beside=0.)}
 ADDED = 'k = 10', 'local scaling', 'running mean', 'mean of 4 views', 'two views', 'twice an epoch'
 DIGITS_ONLY = 'affine alone', 'cutout alone', 'alignment', 'k = 5', 'k = 20', 'MixUp, all'
 

@@ -171,7 +171,7 @@ def _pooled(v):
     if v.ndim != 2: raise ValueError(f"the descriptor layer gives shape {tuple(v.shape)}: expected [batch, d] or [batch, d, height, width]")
     return v.as_subclass(torch.Tensor).float()
 
-# %% ../nbs/12_features.ipynb #c4e9a10d
+# %% ../nbs/12_features.ipynb #0e7c23c2
 class Thumbnail(nn.Module):
     """A descriptor that no training can spoil: the image itself, averaged down to few pixels and moved so that the smallest number is 0. For `backbone=`.
 
@@ -239,8 +239,9 @@ def extract_features(
             for i, b in enumerate(_read(dl, dl.dataset, own, dl.bs)):
                 inputs = learn._set_device(b)[:dl.n_inp]
                 out = model(*inputs)
+                out = _pooled(out)
                 other = backbone.to(out.device)(*inputs) if backbone is not None else None
-                v, out = F.normalize(_pooled(seen[0])), _pooled(out)
+                v = F.normalize(_pooled(seen[0]))
                 if backbone is not None and beside: v = F.normalize(torch.cat([v, beside*F.normalize(_pooled(other))], 1))
                 if feats is None: feats, logits = (_room(len(own), o, max_bytes) for o in (v, out))
                 where = slice(done, done+len(v))

@@ -117,7 +117,7 @@ def test_settings_of_mean_teacher_reach_the_run(data, changes, tmp_path):
     assert figures(a) != figures(b)
 
 
-TRICKS = dict(soft=dict(soft=True), sharp=dict(temperature=.3), even=dict(balance='sinkhorn', prior='uniform'), views=dict(unlabeled_views=2), ema=dict(ema=.9), augment=dict(augment=2),
+TRICKS = dict(soft=dict(soft=True), sharp=dict(temperature=.3, balance='align'), power=dict(omega_power=2.), even=dict(balance='sinkhorn', prior='uniform'), views=dict(unlabeled_views=2), ema=dict(ema=.9), augment=dict(augment=2),
               thumbnail=dict(backbone='thumbnail'), beside=dict(backbone='thumbnail', beside=1.), k=dict(k=3), mutual=dict(symmetry='mutual'), local=dict(local=3), poisson=dict(labeler='poisson'), mixup=dict(mix='mixup unlabeled'),
               cutmix=dict(mix='cutmix each'), steps=dict(steps=2), strong=dict(strong_tfms=True), milder=dict(strong_tfms=dict(degrees=1., cutout=0)))
 
@@ -136,9 +136,9 @@ def test_tricks_reach_the_run(data, tricks, tmp_path):
 def test_strong_is_the_preset(data, tmp_path):
     recipe = replace(FEW, network='small', width=4, k=None)
     a = run_method(data, 'strong', recipe, tmp_path, device='cpu', bar=False)
-    same = run_method(data, 'lp', replace(recipe, tricks=dict(strong_tfms=True, temperature=.2, balance='sinkhorn', prior='labels')), tmp_path, device='cpu', bar=False)
+    same = run_method(data, 'lp', replace(recipe, tricks=dict(strong_tfms=True, temperature=.2, balance='sinkhorn', prior='labels', omega=False, backbone='thumbnail', beside=.5)), tmp_path, device='cpu', bar=False)
     assert a['stages'][1][-1]['error_rate'] == same['stages'][1][-1]['error_rate'] and [o['accuracy'] for o in a['history']] == [o['accuracy'] for o in same['history']]
-    other = run_method(data, 'strong', replace(recipe, tricks=dict(balance=None)), tmp_path, device='cpu', bar=False)
+    other = run_method(data, 'strong', replace(recipe, tricks=dict(omega=True)), tmp_path, device='cpu', bar=False)
     assert [o['certainty'] for o in other['history']] != [o['certainty'] for o in a['history']]
 
 
