@@ -92,3 +92,15 @@ def test_all_gives_every_public_name():
     from fastai_lp import all as everything
     for name in 'search warm graph diffusion balance pseudo labelers poisson curation losses data strong features ema callback mixing mean_teacher resume models interpret estimator'.split():
         for o in __import__(f'fastai_lp.{name}', fromlist=['_']).__all__: assert hasattr(everything, o), f'{name}.{o}'
+
+
+def test_what_the_runs_beyond_the_paper_show():
+    "Of the preset's page: digits, 20 labels, draws 0 to 9, and a part of CIFAR-10, draws 0 to 4"
+    runs = [json.loads(line) for line in (root/'benchmarks'/'results'/'beyond'/'digits.jsonl').read_text().splitlines()]
+    assert {(r['method'], r['seed']) for r in runs} == {(m, i) for m in ('lp', 'strong') for i in range(10)}
+    for r in runs: assert r['recipe'] == settings_of(RECIPES['digits'].of(r['method'])), 'the recipe has changed since the runs: run them again'
+    def mean(some): return sum(some)/len(some)
+    assert mean([r['error_rate'] for r in runs if r['method'] == 'strong']) < mean([r['error_rate'] for r in runs if r['method'] == 'lp'])
+    rows = [json.loads(line) for line in (root/'benchmarks'/'results'/'study_cifar10.jsonl').read_text().splitlines()]
+    errors = {row: {r['seed']: r['error'] for r in rows if r['row'] == row} for row in ('plain', 'strong')}
+    assert set(errors['plain']) == set(errors['strong']) == set(range(5)) and all(errors['strong'][s] < errors['plain'][s] for s in range(5))
