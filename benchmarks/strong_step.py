@@ -1,6 +1,6 @@
 """What the preset costs: seconds per training step of `LPCallback.strong()` over those of `LPCallback()`, and of their updates.
 
-    OMP_NUM_THREADS=1 python benchmarks/strong_step.py [--repeats 7] [--out benchmarks/results/strong_step.json]
+    OMP_NUM_THREADS=1 python benchmarks/strong_step.py [--repeats 7] [--out benchmarks/results/beyond/strong_step.json]
 
 An epoch of each, turn about, with the same network and data: the digits, and made-up images of 32×32 pixels in place of CIFAR-10's
 (5,000, of which 250 labeled). A ratio is of one pair of epochs; the median over the repeats is shown, with the smallest and largest."""

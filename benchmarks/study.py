@@ -1,6 +1,6 @@
 """Every trick beyond the paper, alone and left out of the preset, on the digits and on a part of CIFAR-10.
 
-    python benchmarks/study.py digits [--seeds 0-4] [--jobs 2] [--rows plain strong ...] [--out benchmarks/results]
+    python benchmarks/study.py digits [--seeds 0-4] [--jobs 2] [--rows plain strong ...] [--out benchmarks/results/beyond]
     python benchmarks/study.py cifar10 --data cifar10_jpeg.npz
     python benchmarks/study.py uneven
 
@@ -119,7 +119,7 @@ if __name__ == '__main__':
     parser.add_argument('--rows', nargs='+', default=None)
     parser.add_argument('--tune', action='store_true')
     parser.add_argument('--data', default=None)
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results')
+    parser.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'beyond')
     args = parser.parse_args()
     a, _, b = (args.seeds or ('100-102' if args.tune else '0-4')).partition('-')
     main(args.dataset, range(int(a), int(b or a)+1), args.jobs, args.rows or (['plain', 'strong'] if args.tune else list(rows_of(args.dataset))), args.out, args.data, args.tune)

@@ -101,6 +101,6 @@ def test_what_the_runs_beyond_the_paper_show():
     for r in runs: assert r['recipe'] == settings_of(RECIPES['digits'].of(r['method'])), 'the recipe has changed since the runs: run them again'
     def mean(some): return sum(some)/len(some)
     assert mean([r['error_rate'] for r in runs if r['method'] == 'strong']) < mean([r['error_rate'] for r in runs if r['method'] == 'lp'])
-    rows = [json.loads(line) for line in (root/'benchmarks'/'results'/'study_cifar10.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (root/'benchmarks'/'results'/'beyond'/'study_cifar10.jsonl').read_text().splitlines()]
     errors = {row: {r['seed']: r['error'] for r in rows if r['row'] == row} for row in ('plain', 'strong')}
     assert set(errors['plain']) == set(errors['strong']) == set(range(5)) and all(errors['strong'][s] < errors['plain'][s] for s in range(5))
