@@ -123,13 +123,13 @@ class LPCallback(FitScoped):
 
     @classmethod
     def strong(cls,
-        **changes # arguments of `LPCallback` that differ; a `labeler` brings its own settings, and only the augmentation is the preset's then
+        **changes # arguments of `LPCallback` that differ; a `labeler` brings its own settings, and augmentation and thumbnail are the preset's then
     ):
-        """The recipe that goes beyond the paper: what lowered the error where we measured it (page `beyond`).
+        """A recipe that goes beyond the paper: what looked best in trials. Page `beyond` says what it has been measured to gain.
 
         Strong augmentation of the unlabeled items; a small copy of the image beside the network's descriptor, as long as the network knows little;
-        scores sharpened by a temperature of 0.2 and brought in line with the classes' shares among the given labels, after which certainty adds
-        nothing and ω = 1. Where the labels are not drawn as the unlabeled items are, say so with `prior=`, or switch that off with `balance=None`."""
+        scores sharpened by a temperature of 0.2 and brought in line with the classes' shares among the given labels; no weights by certainty,
+        ω = 1. Where the labels are not drawn as the unlabeled items are, say so with `prior=`, or switch that off with `balance=None`."""
         labels = {} if 'labeler' in changes else dict(temperature=.2, balance='sinkhorn', prior='labels', omega=False)
         beside = {} if 'backbone' in changes else dict(backbone=Thumbnail(strict=False), beside=.5)
         return cls(**{**dict(strong_tfms=True), **labels, **beside, **changes})
@@ -292,8 +292,8 @@ class LPCallback(FitScoped):
         "The transforms of `strong_tfms` are fastai's, which pass by what is not a `TensorImage`"
         if not self._made_for_images or self._fit.wrong.get('images') or any(isinstance(o, TensorImage) for o in self.learn.xb): return
         self._fit.wrong['images'] = True
-        if self._fit.rank == 0: warnings.warn(f"LPCallback: strong_tfms=True is for images, and the inputs are {', '.join(type(o).__name__ for o in self.learn.xb)}: they stay as they are. Without strong "
-                                              "augmentation most of what it gains is lost; pass transforms of such a batch, or strong_tfms=None to say that there are none")
+        if self._fit.rank == 0: warnings.warn(f"LPCallback: strong_tfms=True is for images, and the inputs are {', '.join(type(o).__name__ for o in self.learn.xb)}: they stay as they are. "
+                                              "Pass transforms of such a batch, or strong_tfms=None to say that there are none")
 
     def _in_step(self):
         if self._fit.mismatch is not None and self._fit.mismatch.item(): self._out_of_step()

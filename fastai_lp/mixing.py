@@ -118,7 +118,7 @@ class StreamMixUp(_StreamMix):
     """MixUp within the streams of a batch: x̃ = λx + (1−λ)x', and the targets likewise, with λ = max(μ, 1−μ), μ ~ Beta(α, α), for each item.
 
     `streams`: `'unlabeled'` mixes pseudo-labeled items with each other, `'labeled'` those with a given label, `'each'` both apart from each
-    other, `'all'` all together, which is fastai's `MixUp` to the bit. Of several inputs all are mixed, with one λ. During a batch `lam`, float [b], and
+    other, `'all'` all together, which is fastai's `MixUp`, but for items without a target. Of several inputs all are mixed, with one λ. During a batch `lam`, float [b], and
     `partner`, int64 [b], say what was done; where `partner` is the item itself, λ is 1. Raises `ValueError` for an input that is not of floating-point
     numbers, such as the codes of categories, and, without `LPCallback`, where unlabeled items are to be mixed."""
     def __init__(self,
