@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['TwoStreamDL', 'is_unlabeled', 'SemiCategorize', 'SemiCategoryBlock', 'hide_labels', 'LabeledOnlySplitter',
-           'targets_of', 'TwoStream', 'two_stream', 'warn_of_unlabeled_validation', 'semi_dls', 'FolderLabel',
-           'SemiImageDataLoaders']
+           'targets_of', 'TwoStream', 'two_stream', 'warn_of_unlabeled_validation', 'semi_dls']
 
 # %% ../nbs/11_data.ipynb #e81a7360
-import hashlib
 import math
 import random
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from copy import copy
 from functools import cache
 from itertools import islice
@@ -27,11 +25,9 @@ from fastcore.meta import delegates
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader
-from fastai.data.transforms import Categorize, Category, CategoryMap, ColReader, ColSplitter, get_image_files, parent_label
+from fastai.data.transforms import Categorize, Category, CategoryMap
 from fastai.tabular.core import Tabular
 from fastai.torch_core import TensorCategory, apply
-from fastai.vision.core import PILImage
-from fastai.vision.data import ImageBlock, ImageDataLoaders
 
 # %% ../nbs/11_data.ipynb #10f801c2
 def is_unlabeled(
@@ -362,114 +358,3 @@ def semi_dataloaders(self:DataBlock,
 )->DataLoaders:
     "`DataLoaders` whose training batches have `labeled_bs` labeled items and the rest unlabeled"
     return semi_dls(self.dataloaders(source, bs=bs, **kwargs), labeled_bs)
-
-# %% ../nbs/11_data.ipynb #aa2e350c
-class FolderLabel:
-    "The name of an item's folder, or None below the unlabeled one, whatever its folders there are called"
-    def __init__(self, unlabeled): self.unlabeled = Path(unlabeled)
-    def __call__(self, o): return None if self.unlabeled in Path(o).parents else parent_label(o)
-
-
-def _by_name(files):
-    "Sorted so that the names of the folders decide nothing: by file name, and files of one name by what is in them"
-    names = Counter(o.name for o in files)
-    sizes = {o: o.stat().st_size if names[o.name] > 1 else 0 for o in files}
-    same = Counter((o.name, sizes[o]) for o in files)
-    def key(o): return o.name, sizes[o], hashlib.sha256(o.read_bytes()).digest() if same[o.name, sizes[o]] > 1 else b''
-    return files.sorted(key=key)
-
-
-class SemiImageDataLoaders(ImageDataLoaders):
-    "`ImageDataLoaders` for images of which some are unlabeled, with two streams in training"
-    @classmethod
-    @delegates(DataBlock.semi_dataloaders)
-    def from_folder(cls,
-        path, # root folder
-        train:str='train', # folder with a folder of labeled images per class; '.' for the root itself
-        valid:str='valid', # the same for validation; not used with `valid_pct`
-        unlabeled:str='unsup', # folder of unlabeled images, at any depth; names of folders in it are not read
-        valid_pct:float=None, # instead of a `valid` folder: share of each class's labeled images to set aside
-        seed:int=None, # of that draw
-        vocab=None, # class names; None: the folders'
-        item_tfms=None, # as in `ImageDataLoaders`
-        batch_tfms=None, # as in `ImageDataLoaders`
-        img_cls=PILImage, # as in `ImageDataLoaders`
-        **kwargs
-    ):
-        "From labeled images in `train/CLASS/` and unlabeled ones anywhere in `unlabeled/`"
-        path = Path(path)
-        get_y = FolderLabel(path/unlabeled)
-        def images(d): return get_image_files(path/d).sorted() if (path/d).is_dir() else L()
-        free = _by_name(images(unlabeled))
-        if not free: raise ValueError(f"no image in {path/unlabeled}: put the unlabeled images there, or name their folder with unlabeled=")
-        labeled = images(train).filter(lambda o: get_y(o) is not None)
-        held_out = L() if valid_pct is not None else images(valid)
-        if train == '.' and held_out: labeled = labeled.filter(lambda o: path/valid not in o.parents)
-        if not labeled: raise ValueError(f"no image in {path/train}: expected a folder of labeled images per class, or name it with train=")
-        if valid_pct is None and not held_out: raise ValueError(f"no image in {path/valid}: pass valid_pct=.2 to set labeled images aside, or name the folder with valid=")
-        items = labeled + held_out + free
-        def splitter(items):
-            if valid_pct is not None: return LabeledOnlySplitter(get_y, valid_pct, seed)(items)
-            a, b = len(labeled), len(labeled) + len(held_out)
-            return L(range(a)) + L(range(b, len(items))), L(range(a, b))
-        return cls._semi(items, path, get_y=get_y, splitter=splitter, vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms,
-                         img_cls=img_cls, **kwargs)
-
-    @classmethod
-    @delegates(DataBlock.semi_dataloaders)
-    def from_df(cls,
-        df:pd.DataFrame, # a row per image
-        path='.', # root folder
-        valid_pct:float=.2, # share of each class's labeled images to set aside
-        seed:int=None, # of that draw
-        fn_col=0, # column of the file names
-        folder=None, # of the images, in `path`
-        suff:str='', # added to the file names
-        label_col=1, # column of the labels, missing where unlabeled
-        valid_col=None, # instead of `valid_pct`: boolean column; an unlabeled image in validation is an error
-        vocab=None, # class names; None: those of the labeled images
-        item_tfms=None, # as in `ImageDataLoaders`
-        batch_tfms=None, # as in `ImageDataLoaders`
-        img_cls=PILImage, # as in `ImageDataLoaders`
-        **kwargs
-    ):
-        "From a DataFrame in which some labels are missing"
-        label_col = df.columns[label_col] if isinstance(label_col, int) and label_col not in df.columns else label_col
-        if valid_col is not None and df[df[valid_col].astype(bool)][label_col].map(is_unlabeled).any():
-            raise ValueError(f"{valid_col!r} puts unlabeled images into validation: they cannot be scored; set it to False for them")
-        pref = Path(path) if folder is None else Path(path)/folder
-        splitter = LabeledOnlySplitter(label_col, valid_pct, seed) if valid_col is None else ColSplitter(valid_col)
-        return cls._semi(df, path, get_x=ColReader(fn_col, pref=f'{pref}/', suff=suff), get_y=ColReader(label_col), splitter=splitter,
-                         vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
-
-    @classmethod
-    def from_csv(cls,
-        path, # root folder
-        csv_fname='labels.csv', # in `path`
-        header='infer', # as in `pandas.read_csv`
-        delimiter:str=',', # as in `pandas.read_csv`
-        **kwargs
-    ):
-        "From a CSV file in which some labels are empty"
-        return cls.from_df(pd.read_csv(Path(path)/csv_fname, header=header, delimiter=delimiter), path=path, **kwargs)
-
-    @classmethod
-    def from_lists(cls,
-        path, # root folder
-        fnames, # a path per image
-        labels, # a label per image, None where unlabeled
-        **kwargs
-    ):
-        "From lists of files and labels"
-        if len(fnames) != len(labels): raise ValueError(f"{len(fnames)} file names and {len(labels)} labels: expected one each, None where unlabeled")
-        df = pd.DataFrame(dict(name=pd.Series([str(o) for o in fnames], dtype=object), label=pd.Series(list(labels), dtype=object)))
-        return cls.from_df(df, path=path, **kwargs)
-
-    @classmethod
-    def _semi(cls, source, path, vocab, img_cls, **kwargs):
-        block_args = {k: kwargs.pop(k) for k in ('get_x', 'get_y', 'splitter', 'item_tfms', 'batch_tfms') if k in kwargs}
-        dblock = DataBlock(blocks=(ImageBlock(img_cls), SemiCategoryBlock(vocab=vocab)), **block_args)
-        return cls(*(dls := dblock.semi_dataloaders(source, path=path, **kwargs)).loaders, path=dls.path, device=dls.device)
-
-SemiImageDataLoaders.from_csv = delegates(to=SemiImageDataLoaders.from_df)(SemiImageDataLoaders.from_csv)
-SemiImageDataLoaders.from_lists = delegates(to=SemiImageDataLoaders.from_df)(SemiImageDataLoaders.from_lists)

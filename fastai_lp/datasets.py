@@ -9,7 +9,6 @@ __all__ = ['cifar_stats', 'ImageArrays', 'digits', 'Rows', 'digits_dls', 'digits
 # %% ../nbs/21_datasets.ipynb #5f728716
 import hashlib
 import io
-import math
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,8 @@ from sklearn.model_selection import train_test_split
 
 from .files import read_npz, written_whole
 from .strong import RandomAffine
-from .data import SemiCategoryBlock, _by_name, hide_labels, semi_dls
+from .data import SemiCategoryBlock, hide_labels, semi_dls
+from .images import _by_name
 
 # %% ../nbs/21_datasets.ipynb #1a5288e8
 @dataclass(repr=False, eq=False)

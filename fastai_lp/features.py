@@ -238,8 +238,7 @@ def extract_features(
             done = 0
             for i, b in enumerate(_read(dl, dl.dataset, own, dl.bs)):
                 inputs = learn._set_device(b)[:dl.n_inp]
-                out = model(*inputs)
-                out = _pooled(out)
+                out = _pooled(model(*inputs))
                 other = backbone.to(out.device)(*inputs) if backbone is not None else None
                 v = F.normalize(_pooled(seen[0]))
                 if backbone is not None and beside: v = F.normalize(torch.cat([v, beside*F.normalize(_pooled(other))], 1))

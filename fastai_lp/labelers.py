@@ -7,7 +7,7 @@ __all__ = ['Diffusion', 'NetworkPrediction', 'Played', 'replicator', 'GTG']
 
 # %% ../nbs/03_labelers.ipynb #dfd788f9
 import time
-from dataclasses import dataclass, asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,10 +20,21 @@ from .graph import csr
 from .pseudo import PseudoLabels, build_graph, check_labels, check_settings, from_scores, propagate
 
 # %% ../nbs/03_labelers.ipynb #555873ef
+@dataclass(kw_only=True)
 class _Labeler:
-    "Settings are checked when a labeler is made; its weights can be switched off"
+    "What all labelers have. Settings are checked when one is made; its weights can be switched off"
+    omega_norm:str='all' # see `pseudo.from_scores`
+    zeta_norm:str='items' # see `pseudo.class_weights`
+    omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
+    zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
+    temperature:float=1. # see `pseudo.from_scores`, as the next four
+    balance:str=None # 'align' or 'sinkhorn': in line with `prior`
+    prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
+    soft:bool=False # train towards distributions
+    omega_power:float=1. # ω to this power; above 1, only the surest items count
+
     def __post_init__(self):
-        if hasattr(self, 'prior') and not isinstance(self.prior, str): self.prior = [float(o) for o in self.prior]
+        if not isinstance(self.prior, str): self.prior = [float(o) for o in self.prior]
         check_settings(**self._settings())
         if getattr(self, 'warm_start', False) and not self.keep_Z: raise ValueError("warm_start=True starts from the last scores, which keep_Z=False does not keep: choose one")
         self.forget()
@@ -54,29 +65,36 @@ class _Labeler:
         if not self.zeta: pseudo.class_weights = torch.ones_like(pseudo.class_weights)
         return pseudo
 
-# %% ../nbs/03_labelers.ipynb #0f78c72c
+
 @dataclass
-class Diffusion(_Labeler):
-    "Pseudo-labels by diffusion of the labels over the graph of the descriptors: the paper's method"
+class _OnGraph(_Labeler):
+    "A labeler that spreads labels over the graph of the descriptors"
     k:int=None # neighbours per item; None: `search.default_k(n)`
     gamma:float=3. # exponent of the similarities (the paper's 3)
+    _:KW_ONLY
+    symmetry:str='sum' # 'sum' (the paper), 'max' or 'mutual', see `graph.affinity`
+    local:int=None # local scaling by the distance to this neighbour rather than s^γ, see `graph.affinity`
+    backend:str='auto' # see `search.knn`
+    index:str='auto' # see `search.knn`
+
+    def _rows(self, feats, y, n_classes):
+        "Descriptors and labels that fit each other, on one device"
+        x, y = as_rows(feats), check_labels(y, n_classes)[0]
+        if len(y) != len(x): raise ValueError(f"{len(y)} labels for {len(x)} rows of features: expected one each, below 0 where unlabeled")
+        return x, y.to(x.device)
+
+    def _graph(self, x): return build_graph(x, self.k, self.gamma, self.backend, self.index, self._neighbors, self.symmetry, self.local)
+
+# %% ../nbs/03_labelers.ipynb #0f78c72c
+@dataclass
+class Diffusion(_OnGraph):
+    """Pseudo-labels by diffusion of the labels over the graph of the descriptors: the paper's method.
+
+    The keyword-only settings are those of `pseudo.from_scores`, `graph.affinity` and `search.knn`; `omega=False` and `zeta=False` switch the weights off (Table 1)."""
     alpha:float=.99 # how far labels spread (the paper's .99)
     max_iter:int=20 # CG iterations at most (the paper's 20)
     tol:float=1e-6 # relative residual at which CG stops
     seeds:str='class_size' # see `pseudo.seed_matrix`
-    omega_norm:str='all' # see `pseudo.from_scores`
-    zeta_norm:str='items' # see `pseudo.class_weights`
-    backend:str='auto' # see `search.knn`
-    index:str='auto' # see `search.knn`
-    omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
-    zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
-    symmetry:str='sum' # 'sum' (the paper), 'max' or 'mutual', see `graph.affinity`
-    local:int=None # local scaling by the distance to this neighbour rather than s^γ, see `graph.affinity`
-    temperature:float=1. # see `pseudo.from_scores`, as the next four
-    balance:str=None # 'align' or 'sinkhorn': in line with `prior`
-    prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
-    soft:bool=False # train towards distributions
-    omega_power:float=1. # ω to this power; above 1, only the surest items count
     keep_Z:bool=True # keep all scores; False: see `pseudo.spread`. The warning of collapsed certainty needs them
     refresh:str='exact' # compare all items in every call, or, with 'auto', only with what an earlier one found where that will do; see `warm.Neighbors`
     min_recall:float=.95 # with 'auto': when it will do
@@ -97,16 +115,9 @@ class Diffusion(_Labeler):
 # %% ../nbs/03_labelers.ipynb #b04001f7
 @dataclass
 class NetworkPrediction(_Labeler):
-    "Pseudo-labels from the network's own predictions (Eq. 1), weighted as the paper's Table 1 does"
-    omega_norm:str='all' # see `pseudo.from_scores`
-    zeta_norm:str='items' # see `pseudo.class_weights`
-    omega:bool=True # weight by certainty; False: ω = 1 for every item (Table 1)
-    zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
-    temperature:float=1. # see `pseudo.from_scores`, as the next four
-    balance:str=None # 'align' or 'sinkhorn': in line with `prior`
-    prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
-    soft:bool=False # train towards distributions
-    omega_power:float=1. # ω to this power; above 1, only the surest items count
+    """Pseudo-labels from the network's own predictions (Eq. 1), weighted as the paper's Table 1 does.
+
+    The settings are those of `pseudo.from_scores`; `omega=False` and `zeta=False` switch the weights off (Table 1)."""
 
     def __call__(self,
         feats:torch.Tensor, # not used
@@ -152,28 +163,14 @@ def replicator(
 
 # %% ../nbs/03_labelers.ipynb #2f6ce145
 @dataclass
-class GTG(_Labeler):
+class GTG(_OnGraph):
     """Pseudo-labels by a graph transduction game (Erdem and Pelillo 2012), the paper's Table 1's alternative to diffusion.
 
-    The graph is that of `Diffusion`; ω (Eq. 11) and ζ come from the distributions at which the game ends. The paper leaves start and stopping open."""
-    k:int=None # neighbours per item; None: `search.default_k(n)`
-    gamma:float=3. # exponent of the similarities (the paper's 3)
+    The graph is that of `Diffusion`; ω (Eq. 11) and ζ come from the distributions at which the game ends. The paper leaves start and stopping open.
+    The keyword-only settings are as `Diffusion`'s."""
     start:str='uniform' # unlabeled items start with all classes equal ('uniform') or with the softmax of their logits ('network')
     max_iter:int=100 # steps at most; on digits the game ends after about 20
     tol:float=1e-3 # the game ends when no more than this share of its probability moves in a step, as a mean over items
-    omega_norm:str='all' # see `pseudo.from_scores`
-    zeta_norm:str='items' # see `pseudo.class_weights`
-    backend:str='auto' # see `search.knn`
-    index:str='auto' # see `search.knn`
-    omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
-    zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
-    symmetry:str='sum' # 'sum' (the paper), 'max' or 'mutual', see `graph.affinity`
-    local:int=None # local scaling by the distance to this neighbour rather than s^γ, see `graph.affinity`
-    temperature:float=1. # see `pseudo.from_scores`, as the next four
-    balance:str=None # 'align' or 'sinkhorn': in line with `prior`
-    prior:object='labels' # the classes' shares of the unlabeled items: 'uniform', 'labels' or one number per class
-    soft:bool=False # train towards distributions
-    omega_power:float=1. # ω to this power; above 1, only the surest items count
 
     def __post_init__(self):
         super().__post_init__()
@@ -185,11 +182,9 @@ class GTG(_Labeler):
         y:torch.Tensor, # int [n], below 0 where unlabeled
     )->PseudoLabels: # on the device of `feats`; Z holds the distributions, 0 where no label reaches, and residual the last mean change
         "Graph (Eq. 9), then the game. Raises `ValueError` as `pseudo.propagate` does"
-        x, c = as_rows(feats), logits.shape[1]
-        y, _ = check_labels(y, c)
-        if len(y) != len(x): raise ValueError(f"{len(y)} labels for {len(x)} rows of features: expected one each, below 0 where unlabeled")
-        y, begin = y.to(x.device), time.perf_counter()
-        W, found = build_graph(x, self.k, self.gamma, self.backend, self.index, self._neighbors, self.symmetry, self.local)
+        c, begin = logits.shape[1], time.perf_counter()
+        x, y = self._rows(feats, y, c)
+        W, found = self._graph(x)
         built = time.perf_counter()
         P = logits.detach().to(x).softmax(1) if self.start == 'network' else x.new_full((len(x), c), 1/c)
         labeled = y >= 0

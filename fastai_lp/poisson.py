@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from scipy import sparse
 
 from .work import blocks
-from .search import as_rows
 from .balance import class_prior
 from .graph import normalize
 from .diffusion import _cg, spmm
-from .pseudo import PseudoLabels, build_graph, check_labels, check_settings, from_scores
-from .labelers import _Labeler
+from .pseudo import PseudoLabels, check_labels, check_settings, from_scores
+from .labelers import _OnGraph
 
 # %% ../nbs/03a_poisson.ipynb #1d2ce16b
 class Potential(NamedTuple):
@@ -134,27 +133,13 @@ def _medians(v, group, n_groups):
 
 
 @dataclass
-class Poisson(_Labeler):
+class Poisson(_OnGraph):
     """Pseudo-labels by Poisson learning (Calder et al. 2020), for very few labels per class.
 
-    ω (Eq. 11) and ζ come from `potential_scores`; the paper, which has no weights, leaves them open."""
-    k:int=None # neighbours per item; None: `search.default_k(n)`
-    gamma:float=3. # exponent of the similarities (the paper's 3)
-    symmetry:str='sum' # see `graph.affinity`
-    local:int=None # see `graph.affinity`
+    ω (Eq. 11) and ζ come from `potential_scores`; the paper, which has no weights, leaves them open.
+    The keyword-only settings are as `Diffusion`'s; `prior`, the share of each class among all items, is also what potentials are compared by."""
     max_iter:int=1000 # CG iterations at most; on digits it takes about 100
     tol:float=1e-5 # relative residual at which CG stops
-    omega_norm:str='all' # see `pseudo.from_scores`
-    zeta_norm:str='items' # see `pseudo.class_weights`
-    backend:str='auto' # see `search.knn`
-    index:str='auto' # see `search.knn`
-    omega:bool=True # weight by certainty; False: ω = 1 for every item that a label reaches (Table 1)
-    zeta:bool=True # weight by class; False: ζ = 1 for every class (Table 1)
-    prior:object='labels' # share of each class among all items: as among the given 'labels', 'uniform', or one number per class, of which the ratios count
-    temperature:float=1. # see `pseudo.from_scores`, as the next three
-    balance:str=None # 'align' or 'sinkhorn': in line with `prior`
-    soft:bool=False # train towards distributions
-    omega_power:float=1. # ω to this power; above 1, only the surest items count
 
     def __call__(self,
         feats:torch.Tensor, # [n, d] descriptors; they are ℓ2-normalised here
@@ -162,12 +147,10 @@ class Poisson(_Labeler):
         y:torch.Tensor, # int [n], below 0 where unlabeled
     )->PseudoLabels: # on the device of `feats`; Z holds `potential_scores`, 0 where no label reaches
         "Graph, potential, scores. Raises `ValueError` as `pseudo.propagate` does, and where `prior` has not one number per class"
-        x, c = as_rows(feats), logits.shape[1]
-        y, _ = check_labels(y, c)
-        if len(y) != len(x): raise ValueError(f"{len(y)} labels for {len(x)} rows of features: expected one each, below 0 where unlabeled")
-        y, begin = y.to(x.device), time.perf_counter()
+        c, begin = logits.shape[1], time.perf_counter()
+        x, y = self._rows(feats, y, c)
         prior = None if self.prior == 'labels' else class_prior(self.prior, y, c)  # their shares among the labels are what it is without
-        W, found = build_graph(x, self.k, self.gamma, self.backend, self.index, self._neighbors, self.symmetry, self.local)
+        W, found = self._graph(x)
         built = time.perf_counter()
         res = poisson(W, y, c, self.max_iter, self.tol)
         pseudo = from_scores(potential_scores(res, prior), y, **self._weighing(), W=W, n_iter=res.n_iter, residual=res.residual.max().item(), graph=found)

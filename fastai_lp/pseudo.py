@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['certainty', 'class_weights', 'PseudoLabels', 'from_scores', 'check_labels', 'check_settings', 'seed_matrix', 'spread',
-           'build_graph', 'propagate', 'peak_memory', 'advice']
+           'build_graph', 'propagate']
 
 # %% ../nbs/02_pseudo.ipynb #4e06fc14
 import math
@@ -19,9 +19,9 @@ from fastcore.meta import delegates
 
 from .files import read_npz, written_whole
 from .work import blocks, reporting
-from .search import as_rows, default_k, index_for, unit_rows
+from .search import as_rows, unit_rows
 from .warm import Neighbors
-from .graph import affinity, csr, normalize
+from .graph import affinity, check_edges, csr, normalize
 from .diffusion import diffuse
 from .balance import balanced, class_prior, sharpened
 
@@ -30,14 +30,10 @@ def certainty(
     Z:torch.Tensor, # [n, c] scores; values below 0 (CG is not exact) count as 0
 )->torch.Tensor: # [n] in [0, 1]
     "ω = 1 − H(ẑ)/log c of each row (Eq. 11), before any normalisation over items; 0 for a row without mass"
-    Z = Z.clamp(min=0)
-    peak = Z.amax(1, keepdim=True)
-    Z = torch.where(peak > 0, Z/peak, 0)  # first by the largest entry: rows far from any label are tiny
-    mass = Z.sum(1, keepdim=True)
-    p = Z/mass.clamp(min=1)
+    p = sharpened(Z)
     entropy = -torch.special.xlogy(p, p).sum(1)
     omega = 1 - entropy/math.log(Z.shape[1]) if Z.shape[1] > 1 else torch.ones_like(entropy)
-    return torch.where(mass[:, 0] > 0, omega.clamp(0, 1), 0)
+    return torch.where((p > 0).any(1), omega.clamp(0, 1), 0)
 
 # %% ../nbs/02_pseudo.ipynb #0c99a9e0
 def class_weights(
@@ -214,9 +210,9 @@ def check_labels(
 def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True, refresh='exact', min_recall=.95,
                    symmetry='sum', local=None, temperature=1., balance=None, prior='labels', soft=False, omega_power=1.):
     "Raise a `ValueError` that names the first setting of `propagate` that cannot be, so that no time is spent before"
+    check_edges(gamma, symmetry, local)
     for name, value, ok, expected in (
             ('k', k, k is None or k >= 1, 'None or at least 1 neighbour'),
-            ('gamma', gamma, gamma > 0, 'an exponent above 0 (the paper uses 3)'),
             ('alpha', alpha, 0 <= alpha < 1, '0 <= alpha < 1, or I − αS is not positive definite'),
             ('max_iter', max_iter, max_iter >= 1, 'at least 1 iteration'),
             ('tol', tol, tol >= 0, 'a relative residual of 0 or more'),
@@ -226,8 +222,6 @@ def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='cl
             ('backend', backend, backend in ('auto', 'faiss', 'torch'), "'auto', 'faiss' or 'torch'"),
             ('refresh', refresh, refresh in ('exact', 'auto'), "'exact' or 'auto'"),
             ('min_recall', min_recall, 0 < min_recall <= 1, 'a share above 0, 1 at most'),
-            ('symmetry', symmetry, symmetry in ('sum', 'max', 'mutual'), "'sum', 'max' or 'mutual'"),
-            ('local', local, local is None or local >= 1, 'None, or the number of the neighbour whose distance is the scale, such as 7'),
             ('temperature', temperature, temperature > 0, 'a number above 0'),
             ('omega_power', omega_power, omega_power >= 0, '0 or more'),
             ('balance', balance, balance in (None, 'align', 'sinkhorn'), "None, 'align' or 'sinkhorn'"),
@@ -338,48 +332,4 @@ def propagate(
     built = time.perf_counter() - start
     res = spread(W, y, n_classes, **kwargs)
     res.seconds, res.graph = dict(graph=built, **res.seconds), found
-    return res
-
-# %% ../nbs/02_pseudo.ipynb #a9cc74f1
-def peak_memory(
-    n:int, # items
-    d:int, # numbers per descriptor
-    c:int, # classes
-    k:int=None, # neighbours; None: `search.default_k(n)`
-    keep_Z:bool=True, # as given to `propagate`
-    index:str='auto', # as given to `propagate`; one that is not exact holds a copy of the descriptors and, as HNSW32, 64 links per item
-)->int: # bytes
-    "About the most memory that `propagate` takes on a CPU, the descriptors (of length 1 already) included, what Python and its libraries take (0.5 GB) not"
-    k = default_k(n) if k is None else k
-    assembly, scores = 57*n*k, 24*n*k + 24*n*(c if keep_Z else min(c, 64)) + 900*n
-    exact = (index_for(n) if index == 'auto' else index) == 'Flat'
-    return 4*n*d + max(assembly, scores) + (0 if exact else 4*n*d + 270*n)
-
-# %% ../nbs/02_pseudo.ipynb #f58dd748
-def advice(
-    pseudo:PseudoLabels, # of a diffusion, or with any other scores as `Z`
-    names=None, # class names for the messages
-)->dict: # {what: message}, empty where all is well
-    """What looks wrong with pseudo-labels, and what to do: `certainty`, `class`, `residual`, `reached`, `recall`.
-
-    Certainty has collapsed where its mean, before the normalisation over items, is below 0.05 (digits: 0.1 and more from the first epoch on;
-    noise: 0.006); a class takes over where its share is more than halfway from its share of the labels to everything."""
-    free, c = ~pseudo.labeled, len(pseudo.class_weights)
-    res, n = {}, free.sum().item()
-    if not n: return res
-    if c > 1 and pseudo.Z is not None and (omega := certainty(pseudo.Z[free]).mean().item()) < .05:
-        res['certainty'] = (f"the certainty of the pseudo-labels is next to nothing: its mean is {omega:.3f} before normalisation, below 0.05. The descriptors hardly tell the "
-                            "classes apart: train longer on the labeled items first (warmup=), start from a pretrained network, label more items, or lower the learning rate")
-    share, given = (torch.bincount(pseudo.labels[o & (pseudo.labels >= 0)], minlength=c)/o.sum() for o in (free, pseudo.labeled))
-    if c > 1 and share.max() > (1+given[top := share.argmax().item()])/2:
-        res['class'] = (f"class {names[top] if names is not None else top} takes over: {share[top]:.0%} of the pseudo-labels, {given[top]:.0%} of the given labels. Train longer on the "
-                        "labeled items first (warmup=), lower the learning rate, or label more items of the other classes")
-    if pseudo.residual > .05:
-        res['residual'] = f"the spreading stopped before its end: after {pseudo.n_iter} iterations the residual is {pseudo.residual:.3f}, above 0.05. Raise max_iter=, or, for diffusion, lower alpha="
-    if (lost := (free & ~pseudo.reached).sum().item()) > .1*n:
-        res['reached'] = (f"no label reaches {lost} of {n} unlabeled items, which train with weight 0: raise k= so that the graph hangs together, raise max_iter=, "
-                          "or label items among them (LPInterpretation's suggest finds them)")
-    if (recall := pseudo.graph.get('recall', 1)) < .9:
-        res['recall'] = (f"the approximate search found {recall:.0%} of the nearest neighbours, which costs pseudo-labels: ask for an index that looks further, such as index='HNSW64', "
-                         "or for index='Flat', which misses none")
     return res

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import settings
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import Datasets
 from fastai.learner import Learner
@@ -55,6 +56,19 @@ def blob_learner(data=None, bs=16, two_stream=True, num_workers=0, seed=0, label
         learn.remove_cb(ProgressCallback)
         learn.logger = lambda *a: None
     return learn
+
+
+class Spy(Callback):
+    "What reaches the model and the loss, batch by batch"
+    order = 100
+    def before_fit(self): self.seen = []
+    def after_pred(self):
+        if self.training: self.seen.append((self.learn.xb[0].clone(), self.learn.yb[0].clone()))
+    def after_batch(self):
+        if self.training: self.last_target = self.learn.yb[0]
+
+
+def item_numbers(data, x): return torch.cdist(x, data.x).argmin(1)
 
 
 def flat_weights(learn): return torch.cat([p.detach().flatten().clone() for p in learn.model.state_dict().values()])

@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 
-from conftest import blob_learner, blobs, flat_weights
-from fastai.callback.core import Callback
+from conftest import Spy, blob_learner, blobs, flat_weights, item_numbers
 from fastai_lp.balance import balanced, class_prior, sharpened
 from fastai_lp.callback import LPCallback
 from fastai_lp.labelers import GTG, Diffusion, NetworkPrediction
@@ -164,27 +163,18 @@ def test_saved_and_loaded(tmp_path):
 
 # In training
 
-class Targets(Callback):
-    order = 100
-    def before_fit(self): self.seen = []
-    def after_pred(self):
-        if self.training: self.seen.append((self.learn.xb[0].clone(), self.learn.yb[0].clone()))
-    def after_batch(self):
-        if self.training: self.hard = self.learn.yb[0]
-
-
 def test_soft_targets_sum_to_their_weight():
-    data, spy = blobs(spread=1.5), Targets()
+    data, spy = blobs(spread=1.5), Spy()
     learn = blob_learner(data)
     learn.fit(1, cbs=[LPCallback(soft=True), spy])
     p = learn.lp_record.pseudo
     for x, target in spy.seen:
-        items = torch.cdist(x, data.x).argmin(1)
+        items = item_numbers(data, x)
         torch.testing.assert_close(target.sum(1), p.weights[items])
         torch.testing.assert_close(target, p.soft[items]*p.weights[items][:, None])
         known = p.labeled[items]
         assert (target[known].count_nonzero(1) == 1).all() and (target[~known].count_nonzero(1) > 1).any()
-    assert torch.equal(spy.hard, p.labels[items])
+    assert torch.equal(spy.last_target, p.labels[items])
 
 
 def test_soft_labels_that_are_sure_train_as_hard_ones():

@@ -13,7 +13,7 @@ from fastai.text.data import SortedDL
 from torch import nn
 
 import fastai_lp.callback
-from conftest import Look, blob_learner, blob_model, blobs, flat_weights
+from conftest import Look, Spy, blob_learner, blob_model, blobs, flat_weights, item_numbers
 from fastai_lp.callback import LPCallback
 from fastai_lp.data import SemiCategorize, semi_dls
 from fastai_lp.ema import RunningMean, ema_decay, update_mean
@@ -30,22 +30,11 @@ OPTIONS = dict(steps=dict(steps=3), strong=dict(strong_tfms=Mark()), views=dict(
                mutual=dict(symmetry='mutual'), local=dict(local=3))
 
 
-class Batches(Callback):
-    "Inputs and targets of every training batch, as the loss sees them"
-    order = 100
-    def before_fit(self): self.seen = []
-    def after_pred(self):
-        if self.training: self.seen.append((self.learn.xb[0].clone(), self.learn.yb[0].clone()))
-
-
 @pytest.fixture
 def extracted(monkeypatch):
     found, real = [], fastai_lp.callback.extract_features
     monkeypatch.setattr(fastai_lp.callback, 'extract_features', lambda *a, **k: found.append(real(*a, **k)) or found[-1])
     return found
-
-
-def items_of(data, x): return torch.cdist(x, data.x).argmin(1)
 
 
 def trained(epochs=2, data=None, cbs=(), two_stream=True, **options):
@@ -135,11 +124,11 @@ def test_batches_after_an_update_have_its_labels():
             self.n += 1
             from fastai_lp.pseudo import from_scores
             return from_scores(F.one_hot(torch.where(y < 0, self.n % 3, y), 3).float(), y)
-    spy, data = Batches(), blobs()
+    spy, data = Spy(), blobs()
     learn = trained(1, data, [spy], labeler=Counts(), steps=4)
     for i, (x, target) in enumerate(spy.seen):
-        free = items_of(data, x) >= 9
-        assert (target[free].argmax(1) == i//4 % 3).all() and (target[~free].argmax(1) == data.truth[items_of(data, x)][~free]).all()
+        free = item_numbers(data, x) >= 9
+        assert (target[free].argmax(1) == i//4 % 3).all() and (target[~free].argmax(1) == data.truth[item_numbers(data, x)][~free]).all()
 
 
 def test_steps_do_not_count_in_warmup_or_lr_find(extracted):
@@ -153,7 +142,7 @@ def test_an_update_within_the_epoch_does_not_change_what_is_drawn():
     class Noise(Mark):
         def encodes(self, x: torch.Tensor): return x + 1e-3*torch.randn(x.shape)
     def inputs(**more):
-        spy = Batches()
+        spy = Spy()
         trained(2, cbs=[spy], strong_tfms=Noise(), **more)
         return spy.seen
     for (a, _), (b, _) in zip(inputs(), inputs(steps=2)): assert torch.equal(a, b)
@@ -166,7 +155,7 @@ def test_item_transforms_go_on_training_after_an_update(workers):
     class Shift(DisplayedTransform):
         split_idx = 0
         def encodes(self, x: torch.Tensor): return x + 100. if x.is_floating_point() else x
-    data, spy = blobs(), Batches()
+    data, spy = blobs(), Spy()
     dsets = Datasets(range(150), [[Look(data.x)], [Look(data.labels), SemiCategorize(vocab=[0, 1, 2])]], splits=[list(range(120)), list(range(120, 150))])
     dls = dsets.semi_dataloaders(bs=16, device='cpu', num_workers=workers, after_item=Shift())
     learn = Learner(dls, blob_model())
@@ -178,11 +167,11 @@ def test_item_transforms_go_on_training_after_an_update(workers):
 
 @pytest.mark.parametrize('views', [2, 3])
 def test_several_views_of_unlabeled_items(views):
-    data, spy = blobs(), Batches()
+    data, spy = blobs(), Spy()
     learn = trained(1, data, [spy], unlabeled_views=views)
     assert len(spy.seen) == len(blob_learner(data).dls.train)
     for x, target in spy.seen:
-        items = items_of(data, x)
+        items = item_numbers(data, x)
         assert len(items) == 8 + 8*views and (items[:8] < 9).all() and (items[8:] >= 9).all()
         for v in range(views): assert torch.equal(items[8+8*v:16+8*v], items[8:16])
         p = learn.lp_record.pseudo
@@ -192,20 +181,20 @@ def test_several_views_of_unlabeled_items(views):
 def test_each_view_is_augmented_anew():
     class Noise(Mark):
         def encodes(self, x: torch.Tensor): return x + torch.randn(x.shape)
-    spy = Batches()
+    spy = Spy()
     trained(1, cbs=[spy], unlabeled_views=2, strong_tfms=Noise())
     for x, _ in spy.seen: assert (x[8:16] != x[16:24]).any(1).all()
 
 
 def test_warmup_and_several_views():
     "Warm-up batches are of labeled items alone, as many as without views"
-    spy = Batches()
+    spy = Spy()
     learn = trained(2, cbs=[spy], warmup=1, unlabeled_views=3)
     assert [len(x) for x, _ in spy.seen] == [16] + [32]*len(learn.dls.train)
 
 
 def test_several_views_and_mean_teacher():
-    data, spy = blobs(), Batches()
+    data, spy = blobs(), Spy()
     learn = blob_learner(data)
     learn.fit(1, cbs=[LPCallback(unlabeled_views=2), MeanTeacherCallback(), spy])
     assert learn.dls.train.bs == 16 and all(len(x) == 24 for x, _ in spy.seen)
@@ -213,16 +202,16 @@ def test_several_views_and_mean_teacher():
 
 @pytest.mark.parametrize('least', [1, 6, 16])
 def test_at_least_so_many_labeled_items(least):
-    data, spy = blobs(), Batches()
+    data, spy = blobs(), Spy()
     learn = blob_learner(data, two_stream=False)
     learn.fit(1, cbs=[LPCallback(min_labeled=least), spy])
     plain = len(learn.dls.train)
-    free = torch.cat([items[items >= 9] for items in (items_of(data, x) for x, _ in spy.seen)])
+    free = torch.cat([items[items >= 9] for items in (item_numbers(data, x) for x, _ in spy.seen)])
     assert len(spy.seen) == plain and len(free) == len(free.unique())  # an unlabeled item comes once at most
-    counts = [(items_of(data, x) < 9).sum().item() for x, _ in spy.seen]
+    counts = [(item_numbers(data, x) < 9).sum().item() for x, _ in spy.seen]
     assert min(counts) >= least
     if least == 6:
-        known = torch.cat([items[items < 9] for items in (items_of(data, x) for x, _ in spy.seen)])
+        known = torch.cat([items[items < 9] for items in (item_numbers(data, x) for x, _ in spy.seen)])
         assert known.bincount(minlength=9).min() >= 3  # they take turns
 
 
@@ -232,7 +221,7 @@ def test_min_labeled_is_drawn_as_before_where_there_are_enough():
 
 def test_min_labeled_in_a_sorted_dataloader():
     from fastai_lp.data import SemiCategorize
-    data, spy = blobs(), Batches()
+    data, spy = blobs(), Spy()
     lengths = torch.arange(150) % 37
     dsets = Datasets(range(150), [[Look(torch.cat([data.x, lengths[:, None]], 1).float())], [Look(data.labels), SemiCategorize(vocab=[0, 1, 2])]], splits=[list(range(120)), list(range(120, 150))])
     dls = dsets.dataloaders(bs=16, device='cpu', num_workers=0, dl_type=SortedDL, sort_func=lambda o: o[0][-1].item())

@@ -22,7 +22,7 @@ from fastai.text.data import SortedDL
 from torch import nn
 
 import fastai_lp.callback
-from conftest import Look, blob_learner, blob_model, blobs, flat_weights
+from conftest import Look, Spy, blob_learner, blob_model, blobs, flat_weights, item_numbers
 from fastai_lp import diffusion, search, work
 from fastai_lp.callback import LPCallback, truth_of
 from fastai_lp.data import SemiCategorize, SemiCategoryBlock, semi_dls
@@ -49,19 +49,6 @@ def traceless(learn):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
     learn.validate()
     assert learn.get_preds()[0].shape == (30, 3)
-
-
-class Spy(Callback):
-    "What reaches the model and the loss, batch by batch"
-    order = 100
-    def before_fit(self): self.seen = []
-    def after_pred(self):
-        if self.training: self.seen.append((self.learn.xb[0].clone(), self.learn.yb[0].clone()))
-    def after_batch(self):
-        if self.training: self.last_target = self.learn.yb[0]
-
-
-def item_numbers(data, x): return torch.cdist(x, data.x).argmin(1)
 
 
 # The main path

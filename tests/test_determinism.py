@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import blob_learner, blobs, flat_weights
 from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiImageDataLoaders
+from fastai_lp.images import SemiImageDataLoaders
 from fastai_lp.labelers import GTG
 from fastai_lp.mean_teacher import MeanTeacherCallback
 from fastai_lp.search import knn

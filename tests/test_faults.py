@@ -25,12 +25,14 @@ from torch import nn
 import fastai_lp.files
 from conftest import Look, blob_learner, blob_model, blobs, flat_weights
 from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategorize, SemiImageDataLoaders, semi_dls
+from fastai_lp.data import SemiCategorize, semi_dls
+from fastai_lp.images import SemiImageDataLoaders
 from fastai_lp.experiments import read_lines
 from fastai_lp.features import extract_features
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.pseudo import PseudoLabels, advice, propagate
+from fastai_lp.advice import advice
+from fastai_lp.pseudo import PseudoLabels, propagate
 from fastai_lp.resume import ResumeCallback
 from test_callback import Break, traceless
 

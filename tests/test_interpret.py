@@ -15,14 +15,16 @@ from PIL import Image
 from conftest import blob_learner, blobs
 from fastai_lp.callback import LPCallback
 from fastai_lp.curation import label_issues, suggest
-from fastai_lp.data import SemiImageDataLoaders, semi_dls
+from fastai_lp.data import semi_dls
+from fastai_lp.images import SemiImageDataLoaders
 from fastai_lp.datasets import digits_folder
 from fastai_lp.experiments import run_experiment
 from fastai_lp.recipes import RECIPES
 from fastai_lp.interpret import LPInterpretation, plot_certainty, plot_toy, toy
 from fastai_lp.labelers import NetworkPrediction
 from fastai_lp.models import small_convnet
-from fastai_lp.pseudo import PseudoLabels, advice, propagate
+from fastai_lp.advice import advice
+from fastai_lp.pseudo import PseudoLabels, propagate
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,8 @@ from torchvision.models import resnet18
 
 from conftest import blob_learner, blobs, flat_weights
 from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategoryBlock, SemiImageDataLoaders, TwoStream, semi_dls, targets_of
+from fastai_lp.data import SemiCategoryBlock, TwoStream, semi_dls, targets_of
+from fastai_lp.images import SemiImageDataLoaders
 from fastai_lp.datasets import digits, digits_folder
 from fastai_lp.features import find_classifier
 from fastai_lp.labelers import Diffusion

@@ -73,7 +73,7 @@ def test_every_import_is_declared():
 
 
 def test_modules_import_only_what_stands_before_them():
-    order = 'files work search warm graph diffusion balance pseudo labelers poisson curation distributed losses data strong features scoped ema callback mixing mean_teacher resume models datasets batches interpret estimator recipes experiments report figures'.split()
+    order = 'files work search warm graph diffusion balance pseudo advice labelers poisson curation distributed losses data images strong features scoped ema epoch record callback mixing mean_teacher resume models datasets batches interpret estimator recipes experiments report figures'.split()
     for p in modules:
         if p.stem not in order: continue
         used = set(re.findall(r'^from (?:fastai_lp)?\.(\w+) import', p.read_text(), re.M))
@@ -90,7 +90,7 @@ def test_public_names_have_docstrings(path):
 
 def test_all_gives_every_public_name():
     from fastai_lp import all as everything
-    for name in 'search warm graph diffusion balance pseudo labelers poisson curation losses data strong features ema callback mixing mean_teacher resume models interpret estimator'.split():
+    for name in 'search warm graph diffusion balance pseudo advice labelers poisson curation losses data images strong features ema record callback mixing mean_teacher resume models interpret estimator'.split():
         for o in __import__(f'fastai_lp.{name}', fromlist=['_']).__all__: assert hasattr(everything, o), f'{name}.{o}'
 
 

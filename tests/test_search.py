@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from fastai_lp.diffusion import diffuse
 from fastai_lp.graph import affinity, normalize
 from fastai_lp.labelers import GTG, Diffusion
-from fastai_lp.pseudo import advice, propagate
+from fastai_lp.advice import advice
+from fastai_lp.pseudo import propagate
 from fastai_lp.search import EXACT_UP_TO, _exact_faiss, _exact_torch, _found, as_rows, index_for, knn, knn_recall, rescored, unit_rows
 from fastai_lp.warm import Neighbors
 from fastai_lp.work import reporting, share_of, shared
@@ -208,7 +209,8 @@ def test_peak_memory_is_as_the_formula_says(n, d, c, k, keep_Z):
     code = f"""
 import gc, re, torch
 from pathlib import Path
-from fastai_lp.pseudo import peak_memory, propagate
+from fastai_lp.advice import peak_memory
+from fastai_lp.pseudo import propagate
 def resident(what): return int(re.search(rf'{{what}}:\\s*(\\d+)', Path('/proc/self/status').read_text()).group(1))*1024
 few = torch.nn.functional.normalize(torch.randn({c}*3, {d}))
 propagate(few, torch.arange({c}*3) % {c})  # what libraries allocate once

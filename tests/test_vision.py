@@ -19,7 +19,8 @@ from torchvision.models import resnet18
 
 import fastai_lp.callback
 from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiImageDataLoaders, TwoStream, targets_of
+from fastai_lp.data import TwoStream, targets_of
+from fastai_lp.images import SemiImageDataLoaders
 
 CIFAR = Path(__file__).resolve().parents[2]/'shared'/'data'/'cifar10_jpeg.npz'
 CLASSES = ['airplane', 'frog', 'ship']
