@@ -55,6 +55,7 @@ class LPCallback(FitScoped):
         steps:int=None, # renew them within an epoch too, after every so many training steps; None: only at its start
         strong_tfms=None, # transforms of a batch, on top of the DataLoaders' own, for the unlabeled items alone and in training alone, True: `strong.strong_tfms()`
         unlabeled_views:int=1, # so many of each unlabeled item in its batch, each augmented anew; needs batches of two streams
+        mixup=None, # α of MixUp among the unlabeled items of a batch, see `mixing.StreamMixUp`. True: 0.4, where it can be: where all inputs are floating-point numbers, and not with Mean Teacher
         min_labeled:int=0, # at least so many labeled items in every batch; where fewer were drawn, unlabeled ones give their place up for this epoch. In batches of two streams `labeled_bs` decides
         augment:int=0, # average the descriptors of so many augmented views; 1, or True, is what the authors' program does. 0: of the item as it is, as a new item will be
         ema:float=None, # take descriptors and predictions from the running mean of the network's parameters, of this decay at most, such as .99
@@ -68,13 +69,14 @@ class LPCallback(FitScoped):
         if warmup < 0 or every < 1: raise ValueError(f"warmup={warmup}, every={every}: expected warmup >= 0 and every >= 1 epochs")
         for name, value, ok, expected in (('steps', steps, steps is None or steps >= 1, 'None or at least 1 training step'),
                                           ('unlabeled_views', unlabeled_views, unlabeled_views >= 1, 'at least 1'), ('min_labeled', min_labeled, min_labeled >= 0, '0 or more items'),
-                                          ('augment', augment, augment >= 0, '0 or more views'), ('ema', ema, ema is None or 0 <= ema < 1, 'None, or a decay in [0, 1)')):
+                                          ('augment', augment, augment >= 0, '0 or more views'), ('mixup', mixup, mixup in (None, False) or mixup > 0, 'None, True, or a number above 0'), ('ema', ema, ema is None or 0 <= ema < 1, 'None, or a decay in [0, 1)')):
             if not ok: raise ValueError(f"{name}={value!r}: expected {expected}")
         if beside is not None and (backbone is None or beside < 0): raise ValueError(f"beside={beside!r} is the weight of a backbone's descriptor: expected backbone= and 0 or more")
         if backbone is not None and beside is None and layer is not None: raise ValueError("layer= is a place in the trained network, backbone= is another network: choose one")
         self.labeler = Diffusion(**graph) if labeler is None else labeler
         self.warmup, self.every, self.layer, self.augment, self.max_bytes, self.truth = warmup, every, layer, augment, max_bytes, truth
         self.steps, self.strong_tfms, self.unlabeled_views, self.min_labeled, self.ema, self.backbone, self.beside = steps, L(_strong_tfms() if strong_tfms is True else strong_tfms or None), unlabeled_views, min_labeled, ema, backbone, beside
+        self.mixup, self._mix = mixup, None
         self._made_for_images = strong_tfms is True
         self.record, self._course = LPRecord(), 0  # epochs of all fits so far
         self._fit = self._data = None
@@ -85,12 +87,12 @@ class LPCallback(FitScoped):
     ):
         """A recipe that goes beyond the paper: what looked best in trials. Page `beyond` says what it has been measured to gain.
 
-        Strong augmentation of the unlabeled items; a small copy of the image beside the network's descriptor, as long as the network knows little;
+        Strong augmentation and MixUp of the unlabeled items; a small copy of the image beside the network's descriptor, as long as the network knows little;
         scores sharpened by a temperature of 0.2 and brought in line with the classes' shares among the given labels; no weights by certainty,
         ω = 1. Where the labels are not drawn as the unlabeled items are, say so with `prior=`, or switch that off with `balance=None`."""
         labels = {} if 'labeler' in changes else dict(temperature=.2, balance='sinkhorn', prior='labels', omega=False)
-        beside = {} if 'backbone' in changes else dict(backbone=Thumbnail(strict=False), beside=.5)
-        return cls(**{**dict(strong_tfms=True), **labels, **beside, **changes})
+        beside = {} if 'backbone' in changes else dict(backbone=Thumbnail(strict=False), beside=1.)
+        return cls(**{**dict(strong_tfms=True, mixup=True), **labels, **beside, **changes})
 
     def _init_state(self):
         super()._init_state()
@@ -158,6 +160,7 @@ class LPCallback(FitScoped):
         if self.ema is not None: self.record.mean = RunningMean.of(unwrapped(self.learn.model), self.ema, self.record.mean)
         if self._fit.due: self._update()
         self._prepare()
+        self._add_mix()
 
     def _update(self):
         "Lines 6–15 of Algorithm 1"
@@ -217,6 +220,22 @@ class LPCallback(FitScoped):
         fit.mismatch = torch.zeros((), dtype=torch.bool, device=fit.y.device)
         self.learn.loss_func = PseudoLabelLoss(unwrap_loss(self.loss_func))
 
+    def _add_mix(self):
+        "MixUp for the epoch that begins: it is a callback of its own, since it comes after others that change the batch"
+        from .mixing import StreamMixUp  # which knows LPCallback
+        if not self.mixup or self._fit.warm: return
+        if getattr(self._fit.dl, 'views', 1) > 1:
+            if self.mixup is True: return
+            raise ValueError(f"mixup={self.mixup} changes the student's view and not the teacher's: leave it out with Mean Teacher")
+        self._mix = StreamMixUp(.4 if self.mixup is True else self.mixup)
+        self.learn.add_cb(self._mix)
+
+    def _remove_mix(self):
+        if self._mix is None: return
+        self._mix.run = False  # fastai still calls it to the end of the present event
+        self.learn.remove_cb(self._mix)
+        self._mix = None
+
     def _see(self, views):
         self._fit.dl.several_views(views)
         if self.learn.dl is not self._fit.dl: self.learn.dl.bs = self._fit.dl.bs  # a DistributedDL has a copy
@@ -230,7 +249,9 @@ class LPCallback(FitScoped):
     def before_batch(self):
         "Targets become one-hot rows, or soft labels, times ω·ζ"
         fit, bs, given = self._fit, self.dl.bs, self.learn.yb[0]
-        if self.iter == 0 and not fit.warm: self._see_images()
+        if self.iter == 0 and not fit.warm:
+            self._see_images()
+            if self.mixup is True and not all(isinstance(o, torch.Tensor) and o.is_floating_point() for o in self.learn.xb): self._remove_mix()
         if self.steps and not fit.warm and self.iter and self.iter % self.steps == 0:
             fit.step = self.iter
             self._update()
@@ -274,11 +295,13 @@ class LPCallback(FitScoped):
     def after_train(self):
         self._in_step()
         self._fit.thaw()
+        self._remove_mix()
         self.learn.loss_func = unwrap_loss(self.loss_func)
 
     def after_epoch(self):
         if self._inference or self._fit is None: return
         self._fit.thaw()  # an epoch that another callback cancelled has not used its order
+        self._remove_mix()
         self.learn.loss_func = unwrap_loss(self.loss_func)
         if not self._fit.lr_find: self._course = self._fit.epoch+1
 
@@ -288,6 +311,7 @@ class LPCallback(FitScoped):
     def restore(self):
         "Put back all that a fit changes (loss, order, mode of the data, metrics); harmless where nothing is to be put back"
         self.learn.loss_func, self.batch_unlabeled = unwrap_loss(self.learn.loss_func), None
+        self._remove_mix()
         if self._fit is None: return
         self._fit.thaw()
         if isinstance(self._fit.dl, TwoStream):

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.schedule import *
 from fastai.data.core import Datasets
 from fastai.learner import Learner, load_learner
 from fastai.text.data import SortedDL
+from fastai.torch_core import set_seed
+from fasttransform import ItemTransform
 from torch import nn
 
 import fastai_lp.callback
@@ -20,14 +22,20 @@ from fastai_lp.ema import RunningMean, ema_decay, update_mean
 from fastai_lp.features import extract_features
 from fastai_lp.labelers import Diffusion, NetworkPrediction
 from fastai_lp.mean_teacher import MeanTeacherCallback
+from fastai_lp.mixing import StreamMixUp
 from fastai_lp.resume import ResumeCallback
 from fastai_lp.strong import Cutout, OnUnlabeled
 from test_resume import Stop, same
 from test_strong import Mark
 
 OPTIONS = dict(steps=dict(steps=3), strong=dict(strong_tfms=Mark()), views=dict(unlabeled_views=2), least=dict(min_labeled=10), mean_of_views=dict(augment=2), ema=dict(ema=.9),
-               backbone=dict(backbone=nn.Identity()), beside=dict(backbone=nn.Identity(), beside=1.), power=dict(omega_power=2.), soft=dict(soft=True), balance=dict(balance='sinkhorn', prior='uniform'), sharp=dict(temperature=.5, soft=True),
+               backbone=dict(backbone=nn.Identity()), beside=dict(backbone=nn.Identity(), beside=1.), mixup=dict(mixup=.4), power=dict(omega_power=2.), soft=dict(soft=True), balance=dict(balance='sinkhorn', prior='uniform'), sharp=dict(temperature=.5, soft=True),
                mutual=dict(symmetry='mutual'), local=dict(local=3))
+
+
+class Codes(ItemTransform):
+    "The inputs as codes, 0 to 19"
+    def encodes(self, b): return (b[0]*4+10).long().clamp(0, 19), *b[1:]
 
 
 @pytest.fixture
@@ -47,7 +55,7 @@ def trained(epochs=2, data=None, cbs=(), two_stream=True, **options):
 
 def test_alone_it_is_the_paper():
     args = inspect.signature(LPCallback).parameters
-    off = dict(steps=None, strong_tfms=None, unlabeled_views=1, min_labeled=0, augment=0, ema=None, backbone=None, beside=None, omega_power=1., soft=False, balance=None, temperature=1., symmetry='sum', local=None)
+    off = dict(steps=None, strong_tfms=None, unlabeled_views=1, min_labeled=0, augment=0, ema=None, backbone=None, beside=None, mixup=None, omega_power=1., soft=False, balance=None, temperature=1., symmetry='sum', local=None)
     assert {k: args[k].default for k in off} == off
     assert torch.equal(flat_weights(trained()), flat_weights(trained(**off)))
 
@@ -78,7 +86,7 @@ def test_stopped_and_resumed(option, tmp_path):
     same(through, run(ResumeCallback(tmp_path/'run.pth')))
 
 
-@pytest.mark.parametrize('name, bad', dict(steps=0, unlabeled_views=0, min_labeled=-1, augment=-1, ema=1., temperature=0, balance='even', symmetry='or', local=0, omega_power=-1).items())
+@pytest.mark.parametrize('name, bad', dict(steps=0, unlabeled_views=0, min_labeled=-1, augment=-1, mixup=-1., ema=1., temperature=0, balance='even', symmetry='or', local=0, omega_power=-1).items())
 def test_settings_that_cannot_be(name, bad):
     with pytest.raises(ValueError, match=f'{name}='): LPCallback(**{name: bad})
 
@@ -93,7 +101,7 @@ def test_choices_that_exclude_each_other():
 
 def test_the_preset():
     cb = LPCallback.strong()
-    assert type(cb) is LPCallback and cb.strong_tfms
+    assert type(cb) is LPCallback and cb.strong_tfms and cb.mixup is True
     assert LPCallback.strong(k=3).labeler.k == 3 and LPCallback.strong(warmup=2).warmup == 2 and not LPCallback.strong(strong_tfms=None).strong_tfms
     own = NetworkPrediction()
     assert LPCallback.strong(labeler=own).labeler is own
@@ -101,6 +109,54 @@ def test_the_preset():
     learn = blob_learner()
     learn.fit(1, cbs=LPCallback.strong(strong_tfms=Mark()))
     assert learn.lp_record.pseudo.certainty.mean() > 0
+
+
+# MixUp
+
+@pytest.mark.parametrize('alpha, given', [(.7, .7), (.4, True)])
+def test_mixup_is_the_callback_of_the_unlabeled_stream(alpha, given):
+    assert torch.equal(flat_weights(trained(mixup=given)), flat_weights(trained(cbs=[StreamMixUp(alpha, 'unlabeled')])))
+
+
+class Mixers(Callback):
+    "Who mixes, in each batch; the second epoch ends as `how` says"
+    order, run_valid = 95, False
+    def __init__(self, how=None): self.how, self.seen = how, []
+    def before_batch(self):
+        self.seen.append(sum(isinstance(cb, StreamMixUp) for cb in self.learn.cbs))
+        if self.how is not None and self.epoch == 1: raise self.how
+
+
+@pytest.mark.parametrize('how', [None, CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException, KeyboardInterrupt])
+def test_mixup_goes_with_its_epoch_however_that_ends(how):
+    learn, seen = blob_learner(), Mixers(how)
+    cbs = [LPCallback(mixup=.4, warmup=1), seen]
+    for mixing in ({0, 1}, {1}):
+        seen.seen.clear()
+        try: learn.fit(2, cbs=cbs)
+        except KeyboardInterrupt: assert how is KeyboardInterrupt
+        assert not any(isinstance(cb, StreamMixUp) for cb in learn.cbs) and cbs[0]._mix is None
+        assert set(seen.seen) == mixing  # not while it warms up, in the first epoch of all
+    learn.validate()
+
+
+def test_mixup_where_it_cannot_be():
+    def fit(mixup):
+        learn = blob_learner()
+        learn.fit(1, cbs=[LPCallback(mixup=mixup), MeanTeacherCallback()])
+        return flat_weights(learn)
+    assert torch.equal(fit(True), fit(None))
+    with pytest.raises(ValueError, match='mixup=0.4 changes the student'): fit(.4)
+    def embed(mixup):
+        set_seed(0)
+        learn, seen = blob_learner(), Mixers()
+        learn.model = nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.Linear(32, learn.dls.c))
+        for dl in learn.dls.loaders: dl.after_batch.add(Codes())
+        learn.fit(1, cbs=[LPCallback(mixup=mixup), seen])
+        return flat_weights(learn), seen.seen
+    (got, mixers), (plain, _) = embed(True), embed(None)
+    assert torch.equal(got, plain) and set(mixers) == {0}
+    with pytest.raises(ValueError, match='StreamMixUp: input 0 of the model is torch.int64'): embed(.4)
 
 
 # Updates within the epoch
