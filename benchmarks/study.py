@@ -5,7 +5,7 @@
     python benchmarks/study.py uneven
 
 A row is a set of changes to plain `lp` ("alone"), or to `LPCallback.strong()` ("without", "with"), all else equal: draw of the labels,
-weights to begin with, batches, number of steps. Each run is a line of `study_DATASET.jsonl`; lines that are there are not run again.
+weights to begin with, batches, number of steps; the learning rate is the best of `lp` or of `strong`. Each run is a line of `study_DATASET.jsonl`; lines that are there are not run again.
 `--tune` runs `lp` and `strong` over the learning rates on seeds 100 to 102, which no row uses, into `study_tune.jsonl` (the digits' are those of
 `tune_digits.py`). The preset was put together on the seeds from 100 on. nbs/27_beyond.ipynb makes the tables and figures.
 
@@ -29,8 +29,8 @@ from fastai_lp.datasets import cifar10, digits, show_labels
 from fastai_lp.files import append_json_line, read_json_lines
 from fastai_lp.recipes import RECIPES, Recipe, run_method
 
-CIFAR = Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=3e-3, wd=.01, bs=100, labeled_bs=50, k=None, threads=1, stage1=60, stage2=6, stride=2)
-RATES = 1e-3, 3e-3, 1e-2
+CIFAR = Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=dict(lp=3e-3, strong=1e-2), wd=.01, bs=100, labeled_bs=50, k=None, threads=1, stage1=60, stage2=6, stride=2)
+RATES = 1e-3, 3e-3, 1e-2, 3e-2
 
 # what is tried: arguments of LPCallback (see `recipes.beyond`); 'recipe': of the recipe
 TRICKS = {
@@ -56,8 +56,8 @@ TRICKS = {
     'MixUp': dict(mix='mixup unlabeled'), 'MixUp, all': dict(mix='mixup all'), 'CutMix': dict(mix='cutmix unlabeled'),
     'twice an epoch': dict(steps=21),
 }
-LEFT_OUT = {'strong augmentation': dict(strong_tfms=None), 'MixUp': dict(mixup=None), 'Sinkhorn': dict(balance=None), 'temperature': dict(temperature=1.), 'ω = 1': dict(omega=True), 'thumbnail': dict(beside=0.)}
-ADDED = 'k = 10', 'local scaling', 'running mean', 'mean of 4 views', 'two views', 'twice an epoch'
+LEFT_OUT = {'strong augmentation': dict(strong_tfms=None), 'MixUp': dict(mixup=None), 'Sinkhorn': dict(balance=None), 'temperature': dict(temperature=1.), 'ω = 1': dict(omega=True), 'thumbnail': dict(beside=0.), 'k = 10': dict(k=None)}
+ADDED = 'k = 20', 'local scaling', 'running mean', 'mean of 4 views', 'two views', 'twice an epoch'
 DIGITS_ONLY = 'affine alone', 'cutout alone', 'alignment', 'k = 5', 'k = 20', 'MixUp, all'
 
 

@@ -83,14 +83,14 @@ class LPCallback(FitScoped):
 
     @classmethod
     def strong(cls,
-        **changes # arguments of `LPCallback` that differ; a `labeler` brings its own settings, and augmentation and thumbnail are the preset's then
+        **changes # arguments of `LPCallback` that differ; a `labeler` brings its own settings, and augmentation, MixUp and thumbnail are the preset's then
     ):
-        """A recipe that goes beyond the paper: what looked best in trials. Page `beyond` says what it has been measured to gain.
+        """A recipe that goes beyond the paper. Page `beyond` says what it has been measured to gain, and what each of its parts adds.
 
         Strong augmentation and MixUp of the unlabeled items; a small copy of the image beside the network's descriptor, as long as the network knows little;
         scores sharpened by a temperature of 0.2 and brought in line with the classes' shares among the given labels; no weights by certainty,
-        ω = 1. Where the labels are not drawn as the unlabeled items are, say so with `prior=`, or switch that off with `balance=None`."""
-        labels = {} if 'labeler' in changes else dict(temperature=.2, balance='sinkhorn', prior='labels', omega=False)
+        ω = 1; 10 neighbours per item. Where the labels are not drawn as the unlabeled items are, say so with `prior=`, or switch that off with `balance=None`."""
+        labels = {} if 'labeler' in changes else dict(k=10, temperature=.2, balance='sinkhorn', prior='labels', omega=False)
         beside = {} if 'backbone' in changes else dict(backbone=Thumbnail(strict=False), beside=1.)
         return cls(**{**dict(strong_tfms=True, mixup=True), **labels, **beside, **changes})
 

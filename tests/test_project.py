@@ -1,5 +1,6 @@
 "The project's own promises: README and notebooks in step, one version, dependencies that are declared."
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from configparser import ConfigParser
 from dataclasses import replace
 from importlib.metadata import requires, version
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 
@@ -100,7 +102,18 @@ def test_what_the_runs_beyond_the_paper_show():
     assert {(r['method'], r['seed']) for r in runs} == {(m, i) for m in ('lp', 'strong') for i in range(10)}
     for r in runs: assert r['recipe'] == settings_of(RECIPES['digits'].of(r['method'])), 'the recipe has changed since the runs: run them again'
     def mean(some): return sum(some)/len(some)
-    assert mean([r['error_rate'] for r in runs if r['method'] == 'strong']) < mean([r['error_rate'] for r in runs if r['method'] == 'lp'])
-    rows = [json.loads(line) for line in (root/'benchmarks'/'results'/'beyond'/'study_cifar10.jsonl').read_text().splitlines()]
-    errors = {row: {r['seed']: r['error'] for r in rows if r['row'] == row} for row in ('plain', 'strong')}
-    assert set(errors['plain']) == set(errors['strong']) == set(range(5)) and all(errors['strong'][s] < errors['plain'][s] for s in range(5))
+    error = {m: mean([r['error_rate'] for r in runs if r['method'] == m]) for m in ('lp', 'strong')}
+    pixels = [json.loads(line) for line in (root/'benchmarks'/'results'/'digits.jsonl').read_text().splitlines()]
+    assert error['strong'] <= .6*error['lp'] and error['strong'] < mean([r['error_rate'] for r in pixels if r['method'] == 'diffusion'])
+    found = {o: [json.loads(line) for line in (root/'benchmarks'/'results'/'beyond'/f'study_{o}.jsonl').read_text().splitlines()] for o in ('digits', 'cifar10', 'tune')}
+    gain = [a['error']-b['error'] for a, b in zip(*(sorted((r for r in found['cifar10'] if r['row'] == row), key=lambda r: r['seed']) for row in ('plain', 'strong')))]
+    assert len(gain) == 5 and mean(gain) > 2*stdev(gain)/5**.5
+    spec = importlib.util.spec_from_file_location('study', root/'benchmarks'/'study.py')
+    spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
+    for o in ('digits', 'cifar10'):
+        assert sorted((r['row'], r['seed']) for r in found[o]) == sorted((row, i) for row in study.rows_of(o) for i in range(5))
+        for r in found[o]: assert r['changes'] == {k: v for k, v in json.loads(json.dumps(study.rows_of(o)[r['row']][1])).items() if k != 'recipe'}, f"{r['row']} is another row now: run it again"
+    for row, method in (('plain', 'lp'), ('strong', 'strong')):
+        tuned = {lr: mean([r['error'] for r in found['tune'] if r['row'] == row and r['lr'] == lr]) for lr in study.RATES if any(r['row'] == row and r['lr'] == lr for r in found['tune'])}
+        best = min(tuned, key=tuned.get)
+        assert best == study.CIFAR.lr[method] and min(tuned) < best < max(tuned)
