@@ -24,6 +24,7 @@ from .data import TwoStream, targets_of, warn_of_unlabeled_validation, _how_to_u
 from .distributed import from_first, level, mean_of, share_batches, unwrapped, work_shared
 from .features import Thumbnail, extract_features, find_classifier, find_descriptor
 from .labelers import Diffusion
+from .mixing import StreamMixUp
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .pseudo import check_labels
 from .advice import advice, peak_memory
@@ -222,7 +223,6 @@ class LPCallback(FitScoped):
 
     def _add_mix(self):
         "MixUp for the epoch that begins: it is a callback of its own, since it comes after others that change the batch"
-        from .mixing import StreamMixUp  # which knows LPCallback
         if not self.mixup or self._fit.warm: return
         if getattr(self._fit.dl, 'views', 1) > 1:
             if self.mixup is True: return

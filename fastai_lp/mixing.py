@@ -11,7 +11,6 @@ from torch.distributions.beta import Beta
 from fastai.callback.mixup import MixHandler, reduce_loss
 from fastai.layers import NoneReduce
 
-from .callback import LPCallback
 from .data import TwoStream
 from .losses import PseudoLabelLoss
 from .scoped import FitScoped
@@ -67,7 +66,7 @@ class _StreamMix(FitScoped, MixHandler):
     def _streams(self):
         "Each item's stream, below 0 for those that are left alone"
         y = self.yb[0].as_subclass(torch.Tensor)
-        if self.old_lf is None: unlabeled, known = next(cb.batch_unlabeled for cb in self.learn.cbs if isinstance(cb, LPCallback)), (y != 0).any(1)
+        if self.old_lf is None: unlabeled, known = next(cb.batch_unlabeled for cb in self.learn.cbs if hasattr(type(cb), 'batch_unlabeled')), (y != 0).any(1)
         elif y.is_floating_point(): unlabeled = torch.zeros(len(y), dtype=torch.bool, device=y.device); known = ~unlabeled
         else:
             if y.numel() != len(y): raise ValueError(f"{type(self).__name__}: the targets have shape {tuple(y.shape)}, expected one class per item")
