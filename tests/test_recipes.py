@@ -136,7 +136,7 @@ def test_tricks_reach_the_run(data, tricks, tmp_path):
 def test_strong_is_the_preset(data, tmp_path):
     recipe = replace(FEW, network='small', width=4, k=None)
     a = run_method(data, 'strong', recipe, tmp_path, device='cpu', bar=False)
-    same = run_method(data, 'lp', replace(recipe, tricks=dict(strong_tfms=True, temperature=.2, balance='sinkhorn', prior='labels', omega=False, backbone='thumbnail', beside=.5)), tmp_path, device='cpu', bar=False)
+    same = run_method(data, 'lp', replace(recipe, k=10, tricks=dict(strong_tfms=True, mixup=True, temperature=.2, balance='sinkhorn', prior='labels', omega=False, backbone='thumbnail', beside=1.)), tmp_path, device='cpu', bar=False)
     assert a['stages'][1][-1]['error_rate'] == same['stages'][1][-1]['error_rate'] and [o['accuracy'] for o in a['history']] == [o['accuracy'] for o in same['history']]
     other = run_method(data, 'strong', replace(recipe, tricks=dict(omega=True)), tmp_path, device='cpu', bar=False)
     assert [o['certainty'] for o in other['history']] != [o['certainty'] for o in a['history']]
