@@ -17,30 +17,27 @@ plan    the commands of the paper's tables, in the order of their worth: each go
 Lines of JSON on standard output, and appended to `--out`. Without a GPU everything runs on the CPU, to try the program: take small numbers. On a GPU none of it has run yet."""
 import argparse
 import json
-import sys
 import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastai_lp.batches import LossOnDevice, image_dls
 from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import ImageArrays
 from fastai_lp.files import append_json_line
 from fastai_lp.models import ConvNet13
 from fastai_lp.pseudo import propagate
-from fastai_lp.recipes import _BFloat16, environment
+from fastai_lp.recipes import RECIPES
+from fastai_lp.runs import _BFloat16, _optimizer, environment
+from strong_step import Clock, made_up  # beside this script
 
 PLAN = [  # the paper's Table 1 and 2, CIFAR-10: command of a run, in the order of their worth
     ('supervised and lp, 500 labels', 'supervised,lp', 500, '10', ''),
@@ -72,16 +69,6 @@ def best_copy(device, numbers):
     a = torch.randn(numbers, device=device)
     b = torch.empty_like(a)
     return 8*numbers/min(timed(lambda: b.copy_(a), device) for _ in range(9))
-
-
-def made_up(labeled, unlabeled, test=20, seed=0):
-    n = labeled+unlabeled+test
-    truth, train = np.arange(n) % 10, np.arange(labeled+unlabeled)
-    images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, 32, 32), dtype='uint8'))
-    return ImageArrays(images, truth, train, np.arange(len(train), n), shown=np.where(train < labeled, truth[train], -1))
-
-
-def sgd(): return partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True, weight_decay=2e-4)
 
 
 class Network:
@@ -116,28 +103,17 @@ class Network:
         self.step = recorded.replay
 
 
-class Clock(Callback):
-    "Seconds of the batches of an epoch, the device waited for at both ends"
-    order = 98
-    def before_train(self):
-        wait(self.dls.device)
-        self.start = time.perf_counter()
-    def after_train(self):
-        wait(self.dls.device)
-        self.sec = (time.perf_counter()-self.start)/self.n_iter
-
-
 def learner_step(dls, device):
     set_seed(0)
     clock = Clock()
-    learn = Learner(dls, ConvNet13(10), opt_func=sgd(), cbs=[clock, LossOnDevice(), _BFloat16(), ChannelsLast()])
+    learn = Learner(dls, ConvNet13(10), opt_func=_optimizer(RECIPES['cifar10']), cbs=[clock, LossOnDevice(), _BFloat16(), ChannelsLast()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1, .05, cbs=LPCallback())
     return clock.sec
 
 
 def step(args):
     device, bs = args.device, args.bs
-    dls = image_dls(made_up(max(bs//2, 20), (bs-bs//2)*args.steps), bs, bs//2, device=device)
+    dls = image_dls(made_up(max(bs//2, 20), (bs-bs//2)*args.steps, 20), bs, bs//2, device=device)
     with FlopCounterMode(display=False) as counter:
         net = Network(device, bs)
         counted = counter.get_total_flops()/3  # it has made three steps
@@ -164,7 +140,6 @@ def step(args):
 
 
 def update(args):
-    sys.path.insert(0, str(Path(__file__).parent))
     from step import NOISE, authors_step, items  # FAISS and SciPy, which the rest does without
     from fastai_lp.pseudo import seed_matrix
     device, rows = args.device, []

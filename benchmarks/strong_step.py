@@ -21,21 +21,25 @@ from fastai_lp.batches import image_dls
 from fastai_lp.callback import LPCallback
 from fastai_lp.datasets import ImageArrays, digits, digits_dls
 from fastai_lp.models import small_convnet
-from fastai_lp.recipes import environment
+from fastai_lp.runs import environment
 
 
 class Clock(Callback):
-    "Seconds of the batches of an epoch, their loading and transforms included; the update is before"
+    "Seconds per batch of an epoch, their loading and transforms included, a GPU waited for at both ends; the update is before"
     order = 98
-    def before_train(self): self.start = time.perf_counter()
-    def after_train(self): self.sec = (time.perf_counter()-self.start)/self.n_iter
+    def before_train(self): self.start = self.now()
+    def after_train(self): self.sec = (self.now()-self.start)/self.n_iter
+    def now(self):
+        if self.dls.device.type == 'cuda': torch.cuda.synchronize(self.dls.device)
+        return time.perf_counter()
 
 
-def made_up(n=5500, seed=0):
-    g = np.random.default_rng(seed)
-    truth = np.arange(n) % 10
-    images = torch.from_numpy((g.integers(0, 156, (n, 3, 32, 32)) + 10*truth[:, None, None, None]).astype('uint8'))
-    return ImageArrays(images, truth, np.arange(5000), np.arange(5000, n), shown=np.where(np.arange(5000) < 250, truth[:5000], -1))
+def made_up(labeled=250, unlabeled=4750, test=500, seed=0):
+    "Images of CIFAR-10's size, noise a little brighter from class to class"
+    g, n = np.random.default_rng(seed), labeled+unlabeled
+    truth, train = np.arange(n+test) % 10, np.arange(n)
+    images = torch.from_numpy((g.integers(0, 156, (n+test, 3, 32, 32)) + 10*truth[:, None, None, None]).astype('uint8'))
+    return ImageArrays(images, truth, train, np.arange(n, n+test), shown=np.where(train < labeled, truth[train], -1))
 
 
 def epoch(dls, model, cb):

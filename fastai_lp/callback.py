@@ -27,7 +27,7 @@ from .labelers import Diffusion
 from .mixing import StreamMixUp
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .pseudo import check_labels
-from .advice import advice, peak_memory
+from .advice import advice, memory_advice
 from .scoped import FitScoped
 from .ema import RunningMean
 from .strong import strong_tfms as _strong_tfms
@@ -176,7 +176,7 @@ class LPCallback(FitScoped):
             extracted = time.perf_counter()
             if found.logits.shape[1] != self.dls.c:
                 raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")
-            with _bars(**bar), _memory_advice(*found.feats.shape, self.dls.c, self.labeler): pseudo = self.labeler(found.feats, found.logits, fit.y)
+            with _bars(**bar), memory_advice(*found.feats.shape, self.dls.c, self.labeler): pseudo = self.labeler(found.feats, found.logits, fit.y)
         if fit.world > 1: pseudo = replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k != 'W'})  # the graph is of gathered neighbours
         row = dict(epoch=fit.epoch, **({'step': fit.step} if self.steps else {}), accuracy=None, network_accuracy=None, certainty=pseudo.certainty[~pseudo.labeled].mean().item(),
                    reached=pseudo.reached.float().mean().item(), residual=pseudo.residual, n_iter=pseudo.n_iter,
@@ -294,15 +294,17 @@ class LPCallback(FitScoped):
 
     def after_train(self):
         self._in_step()
-        self._fit.thaw()
+        self._end_epoch()
+
+    def _end_epoch(self):
+        "Put back what an epoch changes; harmless where nothing is to be put back"
+        self.learn.loss_func = unwrap_loss(self.learn.loss_func)
         self._remove_mix()
-        self.learn.loss_func = unwrap_loss(self.loss_func)
+        if self._fit is not None: self._fit.thaw()
 
     def after_epoch(self):
         if self._inference or self._fit is None: return
-        self._fit.thaw()  # an epoch that another callback cancelled has not used its order
-        self._remove_mix()
-        self.learn.loss_func = unwrap_loss(self.loss_func)
+        self._end_epoch()  # an epoch that another callback cancelled has not come to after_train
         if not self._fit.lr_find: self._course = self._fit.epoch+1
 
     def after_fit(self):
@@ -310,10 +312,9 @@ class LPCallback(FitScoped):
 
     def restore(self):
         "Put back all that a fit changes (loss, order, mode of the data, metrics); harmless where nothing is to be put back"
-        self.learn.loss_func, self.batch_unlabeled = unwrap_loss(self.learn.loss_func), None
-        self._remove_mix()
+        self._end_epoch()
+        self.batch_unlabeled = None
         if self._fit is None: return
-        self._fit.thaw()
         if isinstance(self._fit.dl, TwoStream):
             self._fit.dl.labeled_only, self._fit.dl.ranks = False, 1
             self._fit.dl.several_views(1)
@@ -332,19 +333,6 @@ def _bars(parent, show):
             bar.update(0)
         bars[what, total].update(done)
     with reporting(report if show else None): yield
-
-
-@contextmanager
-def _memory_advice(n, d, c, labeler):
-    "To an error of too little memory, whoever raises it, the note of what is needed and what helps"
-    try: yield
-    except Exception as e:
-        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and any(o in str(e).lower() for o in ('out of memory', 'bad_alloc', "can't allocate memory")):
-            if not e.args: e.args = 'out of memory',  # fastai, which adds to the message, wants one
-            settings = {o: getattr(labeler, o) for o in ('k', 'keep_Z', 'index') if hasattr(labeler, o)}
-            e.add_note(f"LPCallback: the pseudo-labels of {n} items, {d} numbers per descriptor and {c} classes take about {peak_memory(n, d, c, **settings)/1e9:.1f} GB. "
-                       "A smaller k=, or keep_Z=False, takes less. The Learner is as it was before this epoch: fit it again")
-        raise
 
 
 class _Fit(EpochPlan):

@@ -22,7 +22,8 @@ from fastcore.script import call_parse, store_true
 from .files import append_json_line, read_json_lines, read_npz, written_whole
 from .datasets import ImageArrays, cifar10, cifar100, digits, mini_imagenet, show_labels
 from .graph import default_k
-from .recipes import METHODS, RECIPES, Recipe, file_name, run_method
+from .recipes import METHODS, RECIPES, Recipe, file_name
+from .runs import run_method
 
 # %% ../nbs/24_experiments.ipynb #4202e328
 def test_error(

@@ -624,7 +624,7 @@ def test_really_no_memory(shows, tmp_path):
     "A process whose memory ends: torch, NumPy and FAISS tell of it in words of their own"
     res = limited("""
 import torch
-from fastai_lp.callback import _memory_advice
+from fastai_lp.advice import memory_advice
 from fastai_lp.labelers import Diffusion
 from fastai_lp.pseudo import propagate
 x = torch.randn(40_000, 16)
@@ -634,7 +634,7 @@ used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, resource.RLIM_INFINITY))
 for i in range(2):
     try:
-        with _memory_advice(40_000, 16, 10, Diffusion()): Diffusion()(x, torch.zeros(40_000, 10), y)
+        with memory_advice(40_000, 16, 10, Diffusion()): Diffusion()(x, torch.zeros(40_000, 10), y)
     except Exception as e: print(type(e).__name__, e.__notes__)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print(propagate(x[:5000], y[:5000]).labels.shape)
