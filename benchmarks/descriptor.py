@@ -23,12 +23,12 @@ from fastai.vision.learner import create_vision_model
 from PIL import Image
 from torchvision.models import resnet18
 
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategorize, hide_labels
-from fastai_lp.datasets import Rows, digits
-from fastai_lp.experiments import environment
-from fastai_lp.features import extract_features, find_classifier
-from fastai_lp.pseudo import propagate
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import SemiCategorize, hide_labels
+from fastai_lp.experiments.datasets import Rows, digits
+from fastai_lp.experiments.commands import environment
+from fastai_lp.learner.features import extract_features, find_classifier
+from fastai_lp.transductive.pseudo import propagate
 
 
 def digit_images():

@@ -20,11 +20,11 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.schedule import *  # fit_one_cycle
 from torch import nn
 
-from fastai_lp.batches import image_dls
-from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import cifar10, digits, digits_dls, show_labels
-from fastai_lp.labelers import Diffusion
-from fastai_lp.models import small_convnet
+from fastai_lp.experiments.batches import image_dls
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.experiments.datasets import cifar10, digits, digits_dls, show_labels
+from fastai_lp.transductive.labelers import Diffusion
+from fastai_lp.experiments.models import small_convnet
 
 
 class Recording(Diffusion):

@@ -30,13 +30,13 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastai_lp.batches import LossOnDevice, image_dls
-from fastai_lp.callback import LPCallback
-from fastai_lp.files import append_json_line
-from fastai_lp.models import ConvNet13
-from fastai_lp.pseudo import propagate
-from fastai_lp.recipes import RECIPES
-from fastai_lp.runs import _BFloat16, _optimizer, environment
+from fastai_lp.experiments.batches import LossOnDevice, image_dls
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.utils.files import append_json_line
+from fastai_lp.experiments.models import ConvNet13
+from fastai_lp.transductive.pseudo import propagate
+from fastai_lp.experiments.recipes import RECIPES
+from fastai_lp.experiments.train import _BFloat16, _optimizer, environment
 from strong_step import Clock, made_up  # beside this script
 
 PLAN = [  # the paper's Table 1 and 2, CIFAR-10: command of a run, in the order of their worth
@@ -141,7 +141,7 @@ def step(args):
 
 def update(args):
     from step import NOISE, authors_step, items  # FAISS and SciPy, which the rest does without
-    from fastai_lp.pseudo import seed_matrix
+    from fastai_lp.transductive.pseudo import seed_matrix
     device, rows = args.device, []
     flops, copied = best_rate(device, torch.float32, args.matrix), best_copy(device, args.numbers)
     for n in args.n:

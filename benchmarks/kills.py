@@ -26,10 +26,12 @@ import numpy as np
 import torch
 from fastcore.script import call_parse
 
-from fastai_lp import diffusion, experiments, features, graph, losses, search
-from fastai_lp.experiments import run_experiment
-from fastai_lp.files import checked, read_json_lines, read_npz
-from fastai_lp.recipes import RECIPES
+from fastai_lp.transductive import diffusion, graph, neighbors as search
+from fastai_lp.experiments import commands as experiments
+from fastai_lp.learner import features, losses
+from fastai_lp.experiments.commands import run_experiment
+from fastai_lp.utils.files import checked, read_json_lines, read_npz
+from fastai_lp.experiments.recipes import RECIPES
 
 TIMES = 'sec', 'seconds', 'lp_sec', 'time', 'values'  # the Recorder's rows, which have seconds among them, stand in the .jsonl file with their names
 

@@ -14,11 +14,11 @@ from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import digits, digits_dls
-from fastai_lp.experiments import environment
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.experiments.datasets import digits, digits_dls
+from fastai_lp.experiments.commands import environment
 from fastai_lp.interpret import LPInterpretation
-from fastai_lp.models import small_convnet
+from fastai_lp.experiments.models import small_convnet
 
 
 def train(d, seed):

@@ -26,11 +26,11 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse, store_true
 
-from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import digits, digits_dls
-from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.models import small_convnet
-from fastai_lp.resume import ResumeCallback
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.experiments.datasets import digits, digits_dls
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.experiments.models import small_convnet
+from fastai_lp.learner.resume import ResumeCallback
 
 
 def children(): return [o for o in Path('/proc').iterdir() if o.name.isdecimal() and (o/'stat').exists() and (o/'stat').read_text().rsplit(')', 1)[1].split()[1] == str(os.getpid())]

@@ -17,11 +17,11 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 
-from fastai_lp.batches import image_dls
-from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import ImageArrays, digits, digits_dls
-from fastai_lp.models import small_convnet
-from fastai_lp.runs import environment
+from fastai_lp.experiments.batches import image_dls
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.experiments.datasets import ImageArrays, digits, digits_dls
+from fastai_lp.experiments.models import small_convnet
+from fastai_lp.experiments.train import environment
 
 
 class Clock(Callback):

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastai_lp.datasets import cifar10, digits, show_labels
-from fastai_lp.files import append_json_line, read_json_lines
-from fastai_lp.recipes import RECIPES, Recipe
-from fastai_lp.runs import run_method
+from fastai_lp.experiments.datasets import cifar10, digits, show_labels
+from fastai_lp.utils.files import append_json_line, read_json_lines
+from fastai_lp.experiments.recipes import RECIPES, Recipe
+from fastai_lp.experiments.train import run_method
 
 CIFAR = Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=dict(lp=3e-3, strong=1e-2), wd=.01, bs=100, labeled_bs=50, k=None, threads=1, stage1=60, stage2=6, stride=2)
 RATES = 1e-3, 3e-3, 1e-2, 3e-2

@@ -14,10 +14,10 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from fastai_lp.experiments import summarize
-from fastai_lp.datasets import digits
-from fastai_lp.recipes import METHODS, RECIPES
-from fastai_lp.runs import environment, run_method
+from fastai_lp.experiments.commands import summarize
+from fastai_lp.experiments.datasets import digits
+from fastai_lp.experiments.recipes import METHODS, RECIPES
+from fastai_lp.experiments.train import environment, run_method
 
 RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastai_lp.pseudo import propagate, seed_matrix
-from fastai_lp.warm import Neighbors
+from fastai_lp.transductive.pseudo import propagate, seed_matrix
+from fastai_lp.transductive.warm import Neighbors
 from step import authors_step, machine
 
 

@@ -17,7 +17,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from torch import nn
 
-from fastai_lp.data import SemiCategorize
+from fastai_lp.learner.data import SemiCategorize
 
 settings.register_profile('fastai_lp', deadline=None, derandomize='CI' in os.environ)
 settings.load_profile('fastai_lp')

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastai_lp import graph
-from fastai_lp.graph import _plus_transpose_by_keys, affinity, knn, normalize
+from fastai_lp.transductive import graph
+from fastai_lp.transductive.graph import _plus_transpose_by_keys, affinity, knn, normalize
 
 SYMMETRIES = ['sum', 'max', 'mutual']
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from conftest import Spy, blob_learner, blobs, flat_weights, item_numbers
-from fastai_lp.balance import balanced, class_prior, sharpened
-from fastai_lp.callback import LPCallback
-from fastai_lp.labelers import GTG, Diffusion, NetworkPrediction
-from fastai_lp.poisson import Poisson
-from fastai_lp.pseudo import PseudoLabels, certainty, from_scores, propagate
+from fastai_lp.transductive.balance import balanced, class_prior, sharpened
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.transductive.labelers import GTG, Diffusion, NetworkPrediction
+from fastai_lp.transductive.poisson import Poisson
+from fastai_lp.transductive.pseudo import PseudoLabels, certainty, from_scores, propagate
 
 LABELERS = Diffusion, NetworkPrediction, GTG, Poisson
 

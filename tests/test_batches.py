@@ -16,11 +16,11 @@ from fastai.vision.core import TensorImage
 from PIL import Image
 from torch import nn
 
-from fastai_lp.batches import BatchAugment, ImageTable, ImageTableDL, augmentations, image_dls
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import TwoStream, targets_of
-from fastai_lp.datasets import ImageArrays, cifar10, digits, show_labels
-from fastai_lp.features import extract_features
+from fastai_lp.experiments.batches import BatchAugment, ImageTable, ImageTableDL, augmentations, image_dls
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import TwoStream, targets_of
+from fastai_lp.experiments.datasets import ImageArrays, cifar10, digits, show_labels
+from fastai_lp.learner.features import extract_features
 from fastai_lp.interpret import LPInterpretation
 
 shared = Path(__file__).resolve().parents[2]/'shared'/'data'

@@ -14,17 +14,17 @@ from fastai.torch_core import set_seed
 from fasttransform import ItemTransform
 from torch import nn
 
-import fastai_lp.callback
+import fastai_lp.learner.callback
 from conftest import Look, Spy, blob_learner, blob_model, blobs, flat_weights, item_numbers
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategorize, semi_dls
-from fastai_lp.ema import RunningMean, ema_decay, update_mean
-from fastai_lp.features import extract_features
-from fastai_lp.labelers import Diffusion, NetworkPrediction
-from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.mixing import StreamMixUp
-from fastai_lp.resume import ResumeCallback
-from fastai_lp.strong import Cutout, OnUnlabeled
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import SemiCategorize, semi_dls
+from fastai_lp.utils.ema import RunningMean, ema_decay, update_mean
+from fastai_lp.learner.features import extract_features
+from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.learner.mixing import StreamMixUp
+from fastai_lp.learner.resume import ResumeCallback
+from fastai_lp.learner.augment import Cutout, OnUnlabeled
 from test_resume import Stop, same
 from test_strong import Mark
 
@@ -40,8 +40,8 @@ class Codes(ItemTransform):
 
 @pytest.fixture
 def extracted(monkeypatch):
-    found, real = [], fastai_lp.callback.extract_features
-    monkeypatch.setattr(fastai_lp.callback, 'extract_features', lambda *a, **k: found.append(real(*a, **k)) or found[-1])
+    found, real = [], fastai_lp.learner.callback.extract_features
+    monkeypatch.setattr(fastai_lp.learner.callback, 'extract_features', lambda *a, **k: found.append(real(*a, **k)) or found[-1])
     return found
 
 
@@ -178,7 +178,7 @@ def test_batches_after_an_update_have_its_labels():
         n = -1
         def __call__(self, feats, logits, y):
             self.n += 1
-            from fastai_lp.pseudo import from_scores
+            from fastai_lp.transductive.pseudo import from_scores
             return from_scores(F.one_hot(torch.where(y < 0, self.n % 3, y), 3).float(), y)
     spy, data = Spy(), blobs()
     learn = trained(1, data, [spy], labeler=Counts(), steps=4)
@@ -276,7 +276,7 @@ def test_min_labeled_is_drawn_as_before_where_there_are_enough():
 
 
 def test_min_labeled_in_a_sorted_dataloader():
-    from fastai_lp.data import SemiCategorize
+    from fastai_lp.learner.data import SemiCategorize
     data, spy = blobs(), Spy()
     lengths = torch.arange(150) % 37
     dsets = Datasets(range(150), [[Look(torch.cat([data.x, lengths[:, None]], 1).float())], [Look(data.labels), SemiCategorize(vocab=[0, 1, 2])]], splits=[list(range(120)), list(range(120, 150))])
@@ -428,7 +428,7 @@ def test_beside_of_zero_is_the_network_alone():
 
 
 def test_thumbnail():
-    from fastai_lp.features import Thumbnail
+    from fastai_lp.learner.features import Thumbnail
     x = torch.randn(3, 2, 16, 32)
     t = Thumbnail(8)(x)
     small = x.unflatten(2, (4, 4)).unflatten(4, (8, 4)).mean((3, 5)).flatten(1)

@@ -21,13 +21,14 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.text.data import SortedDL
 from torch import nn
 
-import fastai_lp.callback
+import fastai_lp.learner.callback
 from conftest import Look, Spy, blob_learner, blob_model, blobs, flat_weights, item_numbers
-from fastai_lp import diffusion, search, work
-from fastai_lp.callback import LPCallback, truth_of
-from fastai_lp.data import SemiCategorize, SemiCategoryBlock, semi_dls
-from fastai_lp.labelers import Diffusion, NetworkPrediction
-from fastai_lp.pseudo import PseudoLabels
+from fastai_lp.transductive import diffusion, neighbors as search
+from fastai_lp.utils import progress as work
+from fastai_lp.learner.callback import LPCallback, truth_of
+from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock, semi_dls
+from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
+from fastai_lp.transductive.pseudo import PseudoLabels
 
 E = pytest.raises
 
@@ -35,8 +36,8 @@ E = pytest.raises
 @pytest.fixture
 def graphs(monkeypatch):
     "Counts the extractions, and so the graphs"
-    calls, real = [], fastai_lp.callback.extract_features
-    monkeypatch.setattr(fastai_lp.callback, 'extract_features', lambda *a, **k: calls.append(1) or real(*a, **k))
+    calls, real = [], fastai_lp.learner.callback.extract_features
+    monkeypatch.setattr(fastai_lp.learner.callback, 'extract_features', lambda *a, **k: calls.append(1) or real(*a, **k))
     return calls
 
 

@@ -4,10 +4,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from fastai_lp.curation import label_issues, suggest
-from fastai_lp.data import hide_labels
-from fastai_lp.graph import affinity, knn, normalize
-from fastai_lp.pseudo import propagate, spread
+from fastai_lp.transductive.curation import label_issues, suggest
+from fastai_lp.learner.data import hide_labels
+from fastai_lp.transductive.graph import affinity, knn, normalize
+from fastai_lp.transductive.pseudo import propagate, spread
 
 pixels, truth = load_digits(return_X_y=True)
 

@@ -15,8 +15,8 @@ import fastai.vision.augment  # patches in tta
 from fastai.tabular.learner import tabular_learner
 
 from conftest import Look, blob_learner, blobs
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import LabeledOnlySplitter, SemiCategorize, SemiCategoryBlock, TwoStream, hide_labels, semi_dls, targets_of, two_stream
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import LabeledOnlySplitter, SemiCategorize, SemiCategoryBlock, TwoStream, hide_labels, semi_dls, targets_of, two_stream
 
 
 def loaders(n_labeled, n_unlabeled, **kwargs):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastai_lp import datasets
-from fastai_lp.datasets import ImageArrays, cifar10, cifar100, imagewang, mini_imagenet, show_labels
+from fastai_lp.experiments import datasets
+from fastai_lp.experiments.datasets import ImageArrays, cifar10, cifar100, imagewang, mini_imagenet, show_labels
 
 shared = Path(__file__).resolve().parents[2]/'shared'/'data'
 

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 
 from conftest import blob_learner, blobs, flat_weights
-from fastai_lp.callback import LPCallback
-from fastai_lp.images import SemiImageDataLoaders
-from fastai_lp.labelers import GTG
-from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.search import knn
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.images import SemiImageDataLoaders
+from fastai_lp.transductive.labelers import GTG
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.transductive.neighbors import knn
 
 
 def outcome(learn):

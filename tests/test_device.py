@@ -16,15 +16,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai_lp.batches import LossOnDevice, image_dls
-from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import ImageArrays, show_labels
-from fastai_lp.diffusion import _cg, diffuse, spmm
-from fastai_lp.graph import affinity, normalize
-from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.models import ConvNet13, TwoHeads, resnet18_84, small_convnet
-from fastai_lp.resume import ResumeCallback
-from fastai_lp.search import _exact_torch, knn
+from fastai_lp.experiments.batches import LossOnDevice, image_dls
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.experiments.datasets import ImageArrays, show_labels
+from fastai_lp.transductive.diffusion import _cg, diffuse, spmm
+from fastai_lp.transductive.graph import affinity, normalize
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.experiments.models import ConvNet13, TwoHeads, resnet18_84, small_convnet
+from fastai_lp.learner.resume import ResumeCallback
+from fastai_lp.transductive.neighbors import _exact_torch, knn
 
 aten, T = torch.ops.aten, torch.Tensor
 asking = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten._unique, aten._unique2,

@@ -21,13 +21,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conftest import blob_learner, blobs, flat_weights
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import TwoStream
-from fastai_lp.distributed import gather_rows, place, unwrapped, work_shared
-from fastai_lp.features import extract_features
-from fastai_lp.labelers import Diffusion
-from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.resume import ResumeCallback
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import TwoStream
+from fastai_lp.utils.distributed import gather_rows, place, unwrapped, work_shared
+from fastai_lp.learner.features import extract_features
+from fastai_lp.transductive.labelers import Diffusion
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.learner.resume import ResumeCallback
 
 DATA = dict(n=151, per_class=4)  # 121 items for training, 12 of them labeled, 109 not: neither share is even
 LABELED, BS = 6, 16
@@ -148,7 +148,7 @@ def teachers(rank, path):
 
 def resumed(rank, path):
     def cbs(file): return [LPCallback(warmup=1, refresh='auto', min_recall=.5), MeanTeacherCallback(), ResumeCallback(path/file)]
-    with patch('fastai_lp.resume.torch.save', wraps=torch.save) as save: res = dict(through=fit(learner(path, seed=rank), 4, cbs('through.pth')))
+    with patch('fastai_lp.learner.resume.torch.save', wraps=torch.save) as save: res = dict(through=fit(learner(path, seed=rank), 4, cbs('through.pth')))
     res['saved'] = sum(hasattr(o.args[1], 'name') for o in save.call_args_list)  # torch also saves what is sent
     try: fit(learner(path, seed=rank), 4, [*cbs('off.pth'), Off()])
     except KeyboardInterrupt: pass

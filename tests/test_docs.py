@@ -12,7 +12,7 @@ import yaml
 root = Path(__file__).resolve().parents[1]
 nbs = root/'nbs'
 notebooks = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and '_proc' not in p.parts)
-pages = {p.stem.split('_', 1)[-1] if p.parent == nbs and p.stem[0].isdigit() else p.relative_to(nbs).with_suffix('').as_posix() for p in notebooks}
+pages = {(p.parent/re.sub(r'^\d+\w?_', '', p.stem)).relative_to(nbs).as_posix() for p in notebooks}
 each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(nbs).as_posix())
 
 

@@ -12,9 +12,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.semi_supervised import LabelSpreading
 from sklearn.utils.estimator_checks import check_estimator
 
-from fastai_lp.data import hide_labels
+from fastai_lp.learner.data import hide_labels
 from fastai_lp.estimator import LabelDiffusion
-from fastai_lp.pseudo import propagate
+from fastai_lp.transductive.pseudo import propagate
 
 pixels, truth = load_digits(return_X_y=True)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastai_lp.experiments import plot_runs, read_lines, row_name, run_experiment, summarize, to_markdown
-from fastai_lp.recipes import METHODS, RECIPES, Recipe
+from fastai_lp.experiments.commands import plot_runs, read_lines, row_name, run_experiment, summarize, to_markdown
+from fastai_lp.experiments.recipes import METHODS, RECIPES, Recipe
 
 SMALL = replace(RECIPES['digits'], stage1=1, stage2=2, width=8)
 
@@ -47,7 +47,7 @@ def test_one_folder_for_many_calls(tmp_path):
 def test_two_programs_one_file(tmp_path):
     "Each writes whole lines, and none is lost"
     run = dict(dataset='digits', method='lp', labels=20, items=9, recipe=dict(omega=True), error_rate=.1, top5_error=0., environment={}, history=list(range(9000)))
-    code = ("import json, sys; from pathlib import Path; from fastai_lp.experiments import _record\n"
+    code = ("import json, sys; from pathlib import Path; from fastai_lp.experiments.commands import _record\n"
             f"for i in range(30): _record(Path(sys.argv[1]), json.loads({json.dumps(run)!r}) | dict(name=sys.argv[2]+str(i)))")
     both = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, tmp_path/'digits.jsonl', name]) for name in 'ab']
     assert [p.wait() for p in both] == [0, 0]

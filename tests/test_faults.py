@@ -22,18 +22,18 @@ from fastai.vision.utils import verify_images
 from PIL import Image
 from torch import nn
 
-import fastai_lp.files
+import fastai_lp.utils.files
 from conftest import Look, blob_learner, blob_model, blobs, flat_weights
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategorize, semi_dls
-from fastai_lp.images import SemiImageDataLoaders
-from fastai_lp.experiments import read_lines
-from fastai_lp.features import extract_features
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import SemiCategorize, semi_dls
+from fastai_lp.learner.images import SemiImageDataLoaders
+from fastai_lp.experiments.commands import read_lines
+from fastai_lp.learner.features import extract_features
 from fastai_lp.interpret import LPInterpretation
-from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.advice import advice
-from fastai_lp.pseudo import PseudoLabels, propagate
-from fastai_lp.resume import ResumeCallback
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.transductive.advice import advice
+from fastai_lp.transductive.pseudo import PseudoLabels, propagate
+from fastai_lp.learner.resume import ResumeCallback
 from test_callback import Break, traceless
 
 LABELS, DESCRIPTORS, BATCHES, IMAGES, FILES, STOPPED, ROOM = ('Labels', 'Descriptors and graph', 'Batches', 'Image files and names', 'Files that were damaged or changed',
@@ -401,9 +401,9 @@ def test_damaged_pseudo_labels(shows, tmp_path):
 def test_arrays_that_do_not_fit(shows, tmp_path, change):
     x, y, _ = clouds(30)
     file = propagate(x, y).save(tmp_path/'p.npz')
-    f = {k: v for k, v in fastai_lp.files.read_npz(file).items() if change.get(k, 0) is not None}
+    f = {k: v for k, v in fastai_lp.utils.files.read_npz(file).items() if change.get(k, 0) is not None}
     change = {k: np.resize(v, f[k].shape) if k == 'W_col' else v for k, v in change.items() if v is not None}
-    with fastai_lp.files.written_whole(file, checksum=True) as out: np.savez_compressed(out, **{**f, **change})
+    with fastai_lp.utils.files.written_whole(file, checksum=True) as out: np.savez_compressed(out, **{**f, **change})
     with pytest.raises(ValueError, match='p.npz: these are no pseudo-labels'): PseudoLabels.load(file)
     if 'labels' in change and len(change['labels']) == 30:
         with shows.error(FILES, 'saved pseudo-labels whose arrays contradict each other', 'labels outside'): PseudoLabels.load(file)
@@ -416,10 +416,10 @@ class Bomb:
 def test_pickles_are_not_executed(shows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x, y, _ = clouds(30)
-    f = fastai_lp.files.read_npz(propagate(x, y).save('p.npz'))
-    with fastai_lp.files.written_whole('p.npz', checksum=True) as out: np.savez(out, **{**f, 'labels': np.array([Bomb()]*30, dtype=object)})
+    f = fastai_lp.utils.files.read_npz(propagate(x, y).save('p.npz'))
+    with fastai_lp.utils.files.written_whole('p.npz', checksum=True) as out: np.savez(out, **{**f, 'labels': np.array([Bomb()]*30, dtype=object)})
     with shows.error(FILES, 'a pickle in a file of pseudo-labels', 'not a whole .npz file of plain arrays'): PseudoLabels.load('p.npz')
-    with fastai_lp.files.written_whole('run.pth', checksum=True) as out: torch.save(dict(epoch=1, model=Bomb()), out)
+    with fastai_lp.utils.files.written_whole('run.pth', checksum=True) as out: torch.save(dict(epoch=1, model=Bomb()), out)
     with shows.error(FILES, 'a pickle in a file of `ResumeCallback`', 'holds more than numbers and text'): blob_learner().fit(1, cbs=ResumeCallback('run.pth'))
     Path('p.npz').write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match='cut off, damaged'): LPInterpretation.load('p.npz')
@@ -446,7 +446,7 @@ def test_damaged_resume_file(shows, tmp_path):
 def test_damaged_results(shows, tmp_path):
     line = (Path(__file__).parents[1]/'benchmarks'/'results'/'digits.jsonl').read_text().splitlines()[0]
     file = tmp_path/'digits.jsonl'
-    for i in range(2): fastai_lp.files.append_json_line(file, {k: v for k, v in json.loads(line).items() if k != 'sha256'} | dict(name=f'run{i}'))
+    for i in range(2): fastai_lp.utils.files.append_json_line(file, {k: v for k, v in json.loads(line).items() if k != 'sha256'} | dict(name=f'run{i}'))
     whole = file.read_text()
     with open(file, 'a') as f: f.write(whole[:100])
     with shows.warning(FILES, "the last line of `lp_train`'s results is half written", 'last line is cut off', 'The others are read.'): assert len(read_lines(file)) == 2
@@ -510,7 +510,7 @@ def test_ctrl_c(shows, where, tmp_path, monkeypatch):
     if where == 'a descriptor': learn.model[2].register_forward_hook(lambda m, *a: None if m.training else stop())
     elif where == 'a step': learn.model[2].register_forward_hook(lambda m, *a: stop() if m.training else None)
     elif where == 'the file is written': monkeypatch.setattr(torch, 'save', lambda o, f: f.write(b'half') and stop())
-    else: monkeypatch.setattr({'the search': 'fastai_lp.search._drop_self', 'the diffusion': 'fastai_lp.diffusion.spmm'}[where], stop)
+    else: monkeypatch.setattr({'the search': 'fastai_lp.transductive.neighbors._drop_self', 'the diffusion': 'fastai_lp.transductive.diffusion.spmm'}[where], stop)
     with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=[LPCallback(), ResumeCallback(tmp_path/'run.pth')])
     monkeypatch.undo()
     learn.model[2]._forward_hooks.clear()
@@ -538,8 +538,8 @@ def limited(code, limit, what='RLIMIT_FSIZE', **kwargs):
 def test_disk_full_from_the_start(shows, tmp_path):
     res = limited("""
 from conftest import *
-from fastai_lp.callback import LPCallback
-from fastai_lp.resume import ResumeCallback
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.resume import ResumeCallback
 learn = blob_learner()
 before = flat_weights(learn)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
@@ -556,8 +556,8 @@ def test_disk_full_later(shows, tmp_path):
     res = limited("""
 from conftest import *
 from fastai.callback.core import Callback
-from fastai_lp.callback import LPCallback
-from fastai_lp.resume import ResumeCallback
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.resume import ResumeCallback
 class Fill(Callback):
     order = 90
     def after_epoch(self): resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if self.epoch in (1, 2) else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -603,7 +603,7 @@ def test_no_room_for_descriptors(shows, data, monkeypatch):
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), MemoryError(), RuntimeError('Error in void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: out of memory'), RuntimeError('std::bad_alloc')])
-@pytest.mark.parametrize('where', ['fastai_lp.pseudo.affinity', 'fastai_lp.warm._search', 'fastai_lp.diffusion.spmm'])
+@pytest.mark.parametrize('where', ['fastai_lp.transductive.pseudo.affinity', 'fastai_lp.transductive.warm._search', 'fastai_lp.transductive.diffusion.spmm'])
 def test_no_memory(shows, data, error, where, monkeypatch):
     learn = blob_learner(data)
     before, weights = state_of(learn), flat_weights(learn)
@@ -624,9 +624,9 @@ def test_really_no_memory(shows, tmp_path):
     "A process whose memory ends: torch, NumPy and FAISS tell of it in words of their own"
     res = limited("""
 import torch
-from fastai_lp.advice import memory_advice
-from fastai_lp.labelers import Diffusion
-from fastai_lp.pseudo import propagate
+from fastai_lp.transductive.advice import memory_advice
+from fastai_lp.transductive.labelers import Diffusion
+from fastai_lp.transductive.pseudo import propagate
 x = torch.randn(40_000, 16)
 y = torch.where(torch.arange(40_000) < 10, torch.arange(40_000), -1)
 propagate(x[:500], y[:500])

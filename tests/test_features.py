@@ -8,12 +8,12 @@ from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from torchvision.models import resnet18
 
-import fastai_lp.callback
+import fastai_lp.learner.callback
 from conftest import blob_learner, blob_model, blobs
-from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import digits, digits_dls
-from fastai_lp.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
-from fastai_lp.models import small_convnet
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.experiments.datasets import digits, digits_dls
+from fastai_lp.learner.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
+from fastai_lp.experiments.models import small_convnet
 
 
 @pytest.mark.parametrize('make, d', [
@@ -49,7 +49,7 @@ def test_clean_items_although_training_augments():
     from fastai.data.core import Datasets
     from fastai.vision.augment import RandTransform
     from conftest import Look
-    from fastai_lp.data import SemiCategorize
+    from fastai_lp.learner.data import SemiCategorize
     class Noise(RandTransform):
         split_idx = 0
         def encodes(self, x: torch.Tensor): return x + torch.randn_like(x) if x.is_floating_point() else x
@@ -89,8 +89,8 @@ def test_augmented_items_where_asked_for(monkeypatch):
     a, b = (extract_features(learn, augment=True).feats for _ in range(2))
     assert torch.equal(clean, extract_features(learn).feats) and torch.equal(a, b)  # the random state is as it was
     assert ((a-clean).norm(dim=1) > 0).float().mean() > .99 and (a*clean).sum(1).mean() > .8
-    seen, real = [], fastai_lp.callback.extract_features
-    monkeypatch.setattr(fastai_lp.callback, 'extract_features', lambda *args, augment, **k: seen.append(augment) or real(*args, augment=augment, **k))
+    seen, real = [], fastai_lp.learner.callback.extract_features
+    monkeypatch.setattr(fastai_lp.learner.callback, 'extract_features', lambda *args, augment, **k: seen.append(augment) or real(*args, augment=augment, **k))
     for augment in (True, False):
         with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=LPCallback(augment=augment))
     assert seen == [True, False]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastai_lp.recipes import METHODS
+from fastai_lp.experiments.recipes import METHODS
 
 script = Path(__file__).resolve().parents[1]/'benchmarks'/'gpu.py'
 

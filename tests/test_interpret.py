@@ -13,18 +13,18 @@ from fastai.tabular.all import CategoryBlock, FillMissing, Normalize, TabularDat
 from PIL import Image
 
 from conftest import blob_learner, blobs
-from fastai_lp.callback import LPCallback
-from fastai_lp.curation import label_issues, suggest
-from fastai_lp.data import semi_dls
-from fastai_lp.images import SemiImageDataLoaders
-from fastai_lp.datasets import digits_folder
-from fastai_lp.experiments import run_experiment
-from fastai_lp.recipes import RECIPES
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.transductive.curation import label_issues, suggest
+from fastai_lp.learner.data import semi_dls
+from fastai_lp.learner.images import SemiImageDataLoaders
+from fastai_lp.experiments.datasets import digits_folder
+from fastai_lp.experiments.commands import run_experiment
+from fastai_lp.experiments.recipes import RECIPES
 from fastai_lp.interpret import LPInterpretation, plot_certainty, plot_toy, toy
-from fastai_lp.labelers import NetworkPrediction
-from fastai_lp.models import small_convnet
-from fastai_lp.advice import advice
-from fastai_lp.pseudo import PseudoLabels, propagate
+from fastai_lp.transductive.labelers import NetworkPrediction
+from fastai_lp.experiments.models import small_convnet
+from fastai_lp.transductive.advice import advice
+from fastai_lp.transductive.pseudo import PseudoLabels, propagate
 
 
 @pytest.fixture(autouse=True)

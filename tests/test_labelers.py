@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastai_lp.graph import affinity, csr
-from fastai_lp.labelers import GTG, Diffusion, NetworkPrediction, replicator
-from fastai_lp.pseudo import certainty, class_weights, propagate
+from fastai_lp.transductive.graph import affinity, csr
+from fastai_lp.transductive.labelers import GTG, Diffusion, NetworkPrediction, replicator
+from fastai_lp.transductive.pseudo import certainty, class_weights, propagate
 
 LABELERS = [Diffusion, NetworkPrediction, GTG]
 

@@ -11,11 +11,11 @@ from scipy.sparse.csgraph import connected_components, shortest_path
 from scipy.stats import entropy
 from sklearn.neighbors import NearestNeighbors
 
-from fastai_lp.diffusion import diffuse
-from fastai_lp.graph import affinity, csr, normalize
-from fastai_lp.losses import PseudoLabelLoss, weighted_targets
-from fastai_lp.pseudo import _Rows, build_graph, certainty, class_weights, from_scores, propagate, seed_matrix, spread
-from fastai_lp.search import _exact_torch, knn, unit_rows
+from fastai_lp.transductive.diffusion import diffuse
+from fastai_lp.transductive.graph import affinity, csr, normalize
+from fastai_lp.learner.losses import PseudoLabelLoss, weighted_targets
+from fastai_lp.transductive.pseudo import _Rows, build_graph, certainty, class_weights, from_scores, propagate, seed_matrix, spread
+from fastai_lp.transductive.neighbors import _exact_torch, knn, unit_rows
 
 samples, alphas, classes = st.integers(0, 2**32-1), st.floats(0, .99), st.integers(1, 4)
 decimals = st.integers(-4000, 4000).map(lambda o: o/1000)  # squares of all of them, and of their sums, are far from underflow

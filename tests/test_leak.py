@@ -13,9 +13,9 @@ from PIL import Image
 from torch import nn
 
 from conftest import blob_learner, blob_model, blobs, flat_weights
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategoryBlock, hide_labels
-from fastai_lp.images import SemiImageDataLoaders
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import SemiCategoryBlock, hide_labels
+from fastai_lp.learner.images import SemiImageDataLoaders
 
 
 def scramble(truth, known, seed=9):
@@ -93,7 +93,7 @@ class LeakyFolderLabel:
 @pytest.mark.parametrize('repeat', [False, True])
 def test_folder_names(tmp_path, monkeypatch, leaks, repeat):
     "Images move between the folders below the unlabeled one; with `repeat` each file name stands in both, as 0001.png often does"
-    if leaks: monkeypatch.setattr('fastai_lp.images.FolderLabel', LeakyFolderLabel)
+    if leaks: monkeypatch.setattr('fastai_lp.learner.images.FolderLabel', LeakyFolderLabel)
     rng = np.random.default_rng(0)
     images = [Image.fromarray((80*(i % 2) + rng.integers(0, 120, (16, 16, 3))).astype('uint8')) for i in range(40)]
     def write(root, i, folder):

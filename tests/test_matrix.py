@@ -43,12 +43,12 @@ from fastcore.basics import noop
 from torchvision.models import resnet18
 
 from conftest import blob_learner, blobs, flat_weights
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import SemiCategoryBlock, TwoStream, semi_dls, targets_of
-from fastai_lp.images import SemiImageDataLoaders
-from fastai_lp.datasets import digits, digits_folder
-from fastai_lp.features import find_classifier
-from fastai_lp.labelers import Diffusion
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import SemiCategoryBlock, TwoStream, semi_dls, targets_of
+from fastai_lp.learner.images import SemiImageDataLoaders
+from fastai_lp.experiments.datasets import digits, digits_folder
+from fastai_lp.learner.features import find_classifier
+from fastai_lp.transductive.labelers import Diffusion
 
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of networks that have seen next to nothing, and of precision that a CPU does not have

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from conftest import blob_learner, blob_model, blobs, flat_weights
-from fastai_lp.callback import LPCallback
-from fastai_lp.mean_teacher import MeanTeacherCallback, ema_decay, teacher_in_place
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback, ema_decay, teacher_in_place
 
 
 class TwoHeads(nn.Module):

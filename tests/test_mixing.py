@@ -20,12 +20,12 @@ from fastai.vision.core import TensorImage
 from torch import nn
 
 from conftest import blob_learner, blobs, flat_weights
-from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import digits, digits_dls
-from fastai_lp.losses import PseudoLabelLoss, weighted_targets
-from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.mixing import StreamCutMix, StreamMixUp, cut_boxes, partners
-from fastai_lp.models import small_convnet
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.experiments.datasets import digits, digits_dls
+from fastai_lp.learner.losses import PseudoLabelLoss, weighted_targets
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.learner.mixing import StreamCutMix, StreamMixUp, cut_boxes, partners
+from fastai_lp.experiments.models import small_convnet
 from test_device import Waits
 
 E = pytest.raises
@@ -421,7 +421,7 @@ def test_lr_find_inference_and_export(with_lp, tmp_path, monkeypatch):
     assert learn.lr_find(show_plot=False).valley > 0
     traceless(learn)
     with monkeypatch.context() as m:
-        m.setattr('fastai_lp.mixing.partners', None)  # not called in inference
+        m.setattr('fastai_lp.learner.mixing.partners', None)  # not called in inference
         for ds_idx in (0, 1): learn.get_preds(ds_idx=ds_idx, with_loss=True)
         learn.validate()
         learn.tta()

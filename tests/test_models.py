@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from conftest import blob_learner, blobs
-from fastai_lp.callback import LPCallback
-from fastai_lp.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
-from fastai_lp.mean_teacher import MeanTeacherCallback, teacher_in_place
-from fastai_lp.models import ConvNet13, WNConv2d, WNL2Linear, WNLinear, resnet18_84, small_convnet
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback, teacher_in_place
+from fastai_lp.experiments.models import ConvNet13, WNConv2d, WNL2Linear, WNLinear, resnet18_84, small_convnet
 
 CONVS = [(3, 128, 3, 1), (128, 128, 3, 1), (128, 128, 3, 1), (128, 256, 3, 1), (256, 256, 3, 1), (256, 256, 3, 1), (256, 512, 3, 0), (512, 256, 1, 0), (256, 128, 1, 0)]
 

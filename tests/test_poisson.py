@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from fastai_lp.graph import affinity, csr, knn
-from fastai_lp.poisson import Poisson, poisson, poisson_sources, potential_scores
-from fastai_lp.pseudo import certainty, class_weights, from_scores, propagate
+from fastai_lp.transductive.graph import affinity, csr, knn
+from fastai_lp.transductive.poisson import Poisson, poisson, poisson_sources, potential_scores
+from fastai_lp.transductive.pseudo import certainty, class_weights, from_scores, propagate
 
 
 def problem(seed, n=120, d=6, c=4, labeled=12):

@@ -7,17 +7,22 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import requires, version
 from pathlib import Path
 from statistics import stdev
 
 import pytest
+import yaml
 
 import fastai_lp
-from fastai_lp.recipes import METHODS, RECIPES, settings_of
+from fastai_lp.experiments.recipes import METHODS, RECIPES, settings_of
 
 root = Path(__file__).resolve().parents[1]
-modules = sorted(p for p in (root/'fastai_lp').glob('*.py') if p.name != '_modidx.py')
+modules = sorted(p for p in (root/'fastai_lp').rglob('*.py') if p.name != '_modidx.py')
+
+
+def dotted(path): return '.'.join(path.relative_to(root).with_suffix('').parts).removesuffix('.__init__')
 
 
 def test_readme_is_made_from_the_index_notebook():
@@ -26,7 +31,7 @@ def test_readme_is_made_from_the_index_notebook():
 
 
 def test_table_in_readme_is_that_of_the_committed_runs():
-    from fastai_lp.experiments import summarize, to_markdown
+    from fastai_lp.experiments.commands import summarize, to_markdown
     runs = [json.loads(line) for line in (root/'benchmarks'/'results'/'digits.jsonl').read_text().splitlines()]
     assert to_markdown(summarize(runs)) in (root/'README.md').read_text()
     for r in runs:
@@ -36,7 +41,7 @@ def test_table_in_readme_is_that_of_the_committed_runs():
 
 def test_what_the_committed_runs_show():
     "Digits, 20 labels, draws 0 to 9"
-    from fastai_lp.experiments import summarize
+    from fastai_lp.experiments.commands import summarize
     runs = [json.loads(line) for line in (root/'benchmarks'/'results'/'digits.jsonl').read_text().splitlines()]
     error = {s['row']: s['error'] for s in summarize(runs)}
     assert {(r['labels'], r['seed']) for r in runs} == {(20, i) for i in range(10)} and {s['runs'] for s in summarize(runs)} == {10}
@@ -74,26 +79,27 @@ def test_every_import_is_declared():
                 assert packages.get(name, name).lower() in declared, f'{p.name} imports {name}'
 
 
-def test_modules_import_only_what_stands_before_them():
-    order = 'files work search warm graph diffusion balance pseudo advice labelers poisson curation distributed losses data images strong features scoped ema epoch record mixing callback mean_teacher resume models datasets batches interpret estimator recipes runs experiments report figures'.split()
+def test_modules_import_only_what_comes_before_them():
+    "Down or left through the packages, and within a package in the order of the sidebar"
+    packages = ['utils', 'transductive', 'learner', '.', 'experiments']
+    def leaves(o): return [o] if isinstance(o, str) else [x for part in (o.get('contents', []) if isinstance(o, dict) else o) for x in leaves(part)]
+    pages = [Path(o) for o in leaves(yaml.safe_load((root/'nbs'/'_quarto.yml').read_text())['website']['sidebar']['contents'])]
+    listed = [(root/'fastai_lp'/p.parent/re.sub(r'^\d+\w?_', '', p.stem)).with_suffix('.py') for p in pages]
+    order = [dotted(p) for package in packages for p in listed if p.parent == root/'fastai_lp'/package and p.exists()]
+    assert sorted(order) == sorted(dotted(p) for p in modules if p.name not in ('__init__.py', 'all.py'))
     for p in modules:
-        if p.stem not in order: continue
-        used = set(re.findall(r'^from (?:fastai_lp)?\.(\w+) import', p.read_text(), re.M))
-        assert used <= set(order[:order.index(p.stem)]), p.name
+        if dotted(p) not in order: continue
+        for level, name in re.findall(r'^from (\.+|fastai_lp\.)([\w.]+) import', p.read_text(), re.M):
+            used = f'fastai_lp.{name}' if level == 'fastai_lp.' else '.'.join([*dotted(p).split('.')[:-len(level)], name])
+            assert used in order[:order.index(dotted(p))], f'{dotted(p)} imports {used}'
 
 
-@pytest.mark.parametrize('path', modules, ids=lambda p: p.name)
+@pytest.mark.parametrize('path', modules, ids=dotted)
 def test_public_names_have_docstrings(path):
-    module = __import__(f'fastai_lp.{path.stem}', fromlist=['_']) if path.stem != '__init__' else fastai_lp
+    module = import_module(dotted(path))
     for name in getattr(module, '__all__', []):
         o = getattr(module, name)
-        if callable(o): assert o.__doc__, f'{path.stem}.{name}'
-
-
-def test_all_gives_every_public_name():
-    from fastai_lp import all as everything
-    for name in 'search warm graph diffusion balance pseudo advice labelers poisson curation losses data images strong features ema record callback mixing mean_teacher resume models interpret estimator'.split():
-        for o in __import__(f'fastai_lp.{name}', fromlist=['_']).__all__: assert hasattr(everything, o), f'{name}.{o}'
+        if callable(o): assert o.__doc__, f'{dotted(path)}.{name}'
 
 
 def test_what_the_runs_beyond_the_paper_show():

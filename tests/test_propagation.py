@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.semi_supervised import LabelSpreading
 
-from fastai_lp.diffusion import _cg, diffuse, spmm
-from fastai_lp.graph import _plus_transpose, _plus_transpose_by_keys, affinity, knn, normalize
-from fastai_lp.labelers import Diffusion
-from fastai_lp.search import _drop_self
-from fastai_lp.pseudo import PseudoLabels, _Rows, certainty, class_weights, from_scores, propagate, seed_matrix, spread
+from fastai_lp.transductive.diffusion import _cg, diffuse, spmm
+from fastai_lp.transductive.graph import _plus_transpose, _plus_transpose_by_keys, affinity, knn, normalize
+from fastai_lp.transductive.labelers import Diffusion
+from fastai_lp.transductive.neighbors import _drop_self
+from fastai_lp.transductive.pseudo import PseudoLabels, _Rows, certainty, class_weights, from_scores, propagate, seed_matrix, spread
 
 
 def problem(seed, n=200, d=6, c=4, labeled=12):
@@ -212,7 +212,7 @@ def test_saved_file_is_whole_or_absent(tmp_path, monkeypatch):
 
 def test_bottom_modules_do_not_import_fastai():
     import subprocess, sys
-    code = "import fastai_lp.labelers, sys; sys.exit('fastai' in sys.modules)"
+    code = "import fastai_lp.transductive.labelers, sys; sys.exit('fastai' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 

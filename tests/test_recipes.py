@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-import fastai_lp.runs
-from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import ImageArrays, digits, show_labels
+import fastai_lp.experiments.train
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.experiments.datasets import ImageArrays, digits, show_labels
 from fastai_lp.interpret import LPInterpretation
-from fastai_lp.recipes import METHODS, RECIPES, Recipe, file_name, settings_of
-from fastai_lp.runs import run_method
+from fastai_lp.experiments.recipes import METHODS, RECIPES, Recipe, file_name, settings_of
+from fastai_lp.experiments.train import run_method
 
 
 def stripes(n, size, seed=0, classes=3):
@@ -63,7 +63,7 @@ def test_stopped_and_resumed(data, of_digits, method, stage, epoch, tmp_path, mo
     else: recipe = replace(FEW, bs=8, labeled_bs=4)
     through = run_method(data, method, recipe, tmp_path/'a', device='cpu', bar=False)
     with monkeypatch.context() as m:
-        m.setattr(fastai_lp.runs._Watch, 'before_batch', Stop(stage, epoch).before_batch(), raising=False)
+        m.setattr(fastai_lp.experiments.train._Watch, 'before_batch', Stop(stage, epoch).before_batch(), raising=False)
         with pytest.raises(KeyboardInterrupt): run_method(data, method, recipe, tmp_path/'b', device='cpu', bar=False)
     resumed = run_method(data, method, recipe, tmp_path/'b', device='cpu', bar=False)
     assert figures(resumed) == figures(through)
@@ -147,7 +147,7 @@ def test_a_stopped_run_with_tricks(data, tmp_path, monkeypatch):
     recipe = replace(FEW, network='small', width=4, tricks=dict(ema=.9, steps=2, soft=True, unlabeled_views=2))
     through = run_method(data, 'strong', recipe, tmp_path/'a', device='cpu', bar=False)
     with monkeypatch.context() as m:
-        m.setattr(fastai_lp.runs._Watch, 'before_batch', Stop('stage2', 1).before_batch(), raising=False)
+        m.setattr(fastai_lp.experiments.train._Watch, 'before_batch', Stop('stage2', 1).before_batch(), raising=False)
         with pytest.raises(KeyboardInterrupt): run_method(data, 'strong', recipe, tmp_path/'b', device='cpu', bar=False)
     assert figures(run_method(data, 'strong', recipe, tmp_path/'b', device='cpu', bar=False)) == figures(through)
 
@@ -237,8 +237,8 @@ def test_finished_files_are_of_their_data_only(data, tmp_path):
 
 def test_fresh_teacher_is_not_the_first_student(data, tmp_path, monkeypatch):
     made = []
-    network = fastai_lp.runs._network
-    monkeypatch.setattr(fastai_lp.runs, '_network', lambda *args: made.append(deepcopy(net := network(*args))) or net)
+    network = fastai_lp.experiments.train._network
+    monkeypatch.setattr(fastai_lp.experiments.train, '_network', lambda *args: made.append(deepcopy(net := network(*args))) or net)
     run_method(data, 'mt+lp', replace(FEW, network='small', stage1=1, stage2=1, fresh_teacher=True), tmp_path, device='cpu', bar=False)
     student, teacher = made
     assert not any(torch.equal(p, q) for p, q in zip(student.parameters(), teacher.parameters()) if p.ndim > 1)
@@ -247,6 +247,6 @@ def test_fresh_teacher_is_not_the_first_student(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize('event', ['after_pred', 'after_backward', 'before_validate'])
 def test_autocast_ends_with_the_fit(data, event, tmp_path, monkeypatch):
     def stop(self): raise KeyboardInterrupt
-    monkeypatch.setattr(fastai_lp.runs._Watch, event, stop, raising=False)
+    monkeypatch.setattr(fastai_lp.experiments.train._Watch, event, stop, raising=False)
     with pytest.raises(KeyboardInterrupt): run_method(data, 'supervised', replace(FEW, network='small', bf16=True), tmp_path, device='cpu', bar=False)
     assert not torch.is_autocast_enabled('cpu') and (torch.ones(2, 2)@torch.ones(2, 2)).dtype == torch.float32

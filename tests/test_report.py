@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastai_lp.datasets import digits
+from fastai_lp.experiments.datasets import digits
 from fastai_lp.interpret import LPInterpretation
-from fastai_lp.pseudo import PseudoLabels
-from fastai_lp.recipes import RECIPES
-from fastai_lp.experiments import COLORS, row_name
-from fastai_lp.figures import Lacking, figure1, figure2, figure3, figure4, figure5, figure6, figure7, lp_figures
-from fastai_lp.report import PAPER, as_paper, lp_tables, read_runs, settings, tables
+from fastai_lp.transductive.pseudo import PseudoLabels
+from fastai_lp.experiments.recipes import RECIPES
+from fastai_lp.experiments.commands import COLORS, row_name
+from fastai_lp.experiments.figures import Lacking, figure1, figure2, figure3, figure4, figure5, figure6, figure7, lp_figures
+from fastai_lp.experiments.report import PAPER, as_paper, lp_tables, read_runs, settings, tables
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import set_seed
 
 from conftest import blob_learner, blobs, flat_weights
-from fastai_lp.callback import LPCallback
-from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.resume import ResumeCallback
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.learner.resume import ResumeCallback
 
 
 class Stop(Callback):

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastai_lp.diffusion import diffuse
-from fastai_lp.graph import affinity, normalize
-from fastai_lp.labelers import GTG, Diffusion
-from fastai_lp.advice import advice
-from fastai_lp.pseudo import propagate
-from fastai_lp.search import EXACT_UP_TO, _exact_faiss, _exact_torch, _found, as_rows, index_for, knn, knn_recall, rescored, unit_rows
-from fastai_lp.warm import Neighbors
-from fastai_lp.work import reporting, share_of, shared
+from fastai_lp.transductive.diffusion import diffuse
+from fastai_lp.transductive.graph import affinity, normalize
+from fastai_lp.transductive.labelers import GTG, Diffusion
+from fastai_lp.transductive.advice import advice
+from fastai_lp.transductive.pseudo import propagate
+from fastai_lp.transductive.neighbors import EXACT_UP_TO, _exact_faiss, _exact_torch, _found, as_rows, index_for, knn, knn_recall, rescored, unit_rows
+from fastai_lp.transductive.warm import Neighbors
+from fastai_lp.utils.progress import reporting, share_of, shared
 
 
 def points(n=400, d=12, seed=0): return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
@@ -193,7 +193,7 @@ def test_work_is_reported():
 
 @pytest.mark.parametrize('index', ['Flat', 'HNSW32'])
 def test_ctrl_c_stops_a_search(index):
-    code = ("import os, signal, threading, torch; from fastai_lp.search import knn\n"
+    code = ("import os, signal, threading, torch; from fastai_lp.transductive.neighbors import knn\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background has it ignored\n"
             "x = torch.randn(60_000, 64)\n"
             "threading.Timer(.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
@@ -209,8 +209,8 @@ def test_peak_memory_is_as_the_formula_says(n, d, c, k, keep_Z):
     code = f"""
 import gc, re, torch
 from pathlib import Path
-from fastai_lp.advice import peak_memory
-from fastai_lp.pseudo import propagate
+from fastai_lp.transductive.advice import peak_memory
+from fastai_lp.transductive.pseudo import propagate
 def resident(what): return int(re.search(rf'{{what}}:\\s*(\\d+)', Path('/proc/self/status').read_text()).group(1))*1024
 few = torch.nn.functional.normalize(torch.randn({c}*3, {d}))
 propagate(few, torch.arange({c}*3) % {c})  # what libraries allocate once

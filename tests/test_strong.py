@@ -11,11 +11,11 @@ from fastai.torch_core import TensorCategory, set_seed
 from fastai.vision.core import TensorImage, TensorImageBW
 
 from conftest import blob_learner, blobs, flat_weights
-from fastai_lp.batches import image_dls
-from fastai_lp.callback import LPCallback
-from fastai_lp.datasets import ImageArrays, digits, digits_dls
-from fastai_lp.mean_teacher import MeanTeacherCallback
-from fastai_lp.strong import Cutout, OnUnlabeled, RandomAffine, strong_tfms
+from fastai_lp.experiments.batches import image_dls
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.experiments.datasets import ImageArrays, digits, digits_dls
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.learner.augment import Cutout, OnUnlabeled, RandomAffine, strong_tfms
 
 
 class Mark(DisplayedTransform):
@@ -130,7 +130,7 @@ def test_in_its_place_among_the_transforms():
     learn, half, seen = blob_learner(), Half(), Seen()
     dls = image_dls(small_images(), 16, device='cpu')
     from fastai.learner import Learner
-    from fastai_lp.models import small_convnet
+    from fastai_lp.experiments.models import small_convnet
     learn = Learner(dls, small_convnet(3, 3, 4))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[LPCallback(strong_tfms=half), seen])
     assert half.log and set(half.log) == {(torch.float32, True, True)}
@@ -158,9 +158,9 @@ def test_in_a_learner(workers, two_stream):
 
 
 def test_descriptors_are_taken_without_it(monkeypatch):
-    import fastai_lp.callback
-    real, inputs = fastai_lp.callback.extract_features, []
-    monkeypatch.setattr(fastai_lp.callback, 'extract_features', lambda *a, **k: inputs.append(real(*a, **k)) or inputs[-1])
+    import fastai_lp.learner.callback
+    real, inputs = fastai_lp.learner.callback.extract_features, []
+    monkeypatch.setattr(fastai_lp.learner.callback, 'extract_features', lambda *a, **k: inputs.append(real(*a, **k)) or inputs[-1])
     for more in (dict(), dict(augment=2), dict(steps=2)):
         log = []
         learn = blob_learner()
@@ -237,7 +237,7 @@ def test_on_digits_it_is_seen():
     d = digits()
     learn_dls, seen = digits_dls(d, device='cpu'), Seen()
     from fastai.learner import Learner
-    from fastai_lp.models import small_convnet
+    from fastai_lp.experiments.models import small_convnet
     def last(**more):
         set_seed(0)
         learn = Learner(digits_dls(d, device='cpu'), small_convnet(10, width=4))

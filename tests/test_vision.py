@@ -17,10 +17,10 @@ from fastai.vision.learner import vision_learner
 from PIL import Image
 from torchvision.models import resnet18
 
-import fastai_lp.callback
-from fastai_lp.callback import LPCallback
-from fastai_lp.data import TwoStream, targets_of
-from fastai_lp.images import SemiImageDataLoaders
+import fastai_lp.learner.callback
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import TwoStream, targets_of
+from fastai_lp.learner.images import SemiImageDataLoaders
 
 CIFAR = Path(__file__).resolve().parents[2]/'shared'/'data'/'cifar10_jpeg.npz'
 CLASSES = ['airplane', 'frog', 'ship']
@@ -65,8 +65,8 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    calls, real = [], fastai_lp.callback.extract_features
-    monkeypatch.setattr(fastai_lp.callback, 'extract_features', lambda *a, **k: calls.append(1) or real(*a, **k))
+    calls, real = [], fastai_lp.learner.callback.extract_features
+    monkeypatch.setattr(fastai_lp.learner.callback, 'extract_features', lambda *a, **k: calls.append(1) or real(*a, **k))
     return calls
 
 
