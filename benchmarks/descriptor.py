@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.schedule import fit_one_cycle
+from fastai.callback.schedule import fit_one_cycle  # chkstyle: ignore (adds Learner.fit_one_cycle)
 from fastai.data.core import Datasets
 from fastai.learner import Learner
 from fastai.metrics import error_rate
@@ -38,8 +38,7 @@ def digit_images():
 
 
 def cifar_images(file, n_train=1500, n_test=500):
-    with np.load(file) as f:
-        f = {k: f[k] for k in f.files}
+    with np.load(file) as f: f = {k: f[k] for k in f.files}
     def load(part, n):
         at = f[f'{part}_offsets']
         images = [Image.open(io.BytesIO(f[f'{part}_jpeg'][a:b].tobytes())) for a, b in zip(at[:n], at[1:n+1])]
@@ -59,7 +58,7 @@ def run(x, y, train, test, per_class, seed, steps, epochs):
         set_seed(seed)
         def datasets(items):
             return Datasets([*items, *test], [[Rows(x, TensorImage)], [Rows(labels), SemiCategorize(vocab=range(10))]],
-                            splits=[list(range(len(items))), list(range(len(items), len(items)+len(test)))])
+                splits=[list(range(len(items))), list(range(len(items), len(items)+len(test)))])
         args = dict(bs=64, num_workers=0, device='cpu', after_batch=aug_transforms(do_flip=per_class > 2, max_rotate=10, max_warp=0, max_lighting=0))
         dls = datasets(train).semi_dataloaders(**args)
         labeled = datasets(np.resize([i for i in train if labels[i] is not None], steps*64)).dataloaders(**args)
@@ -90,10 +89,10 @@ def main(data, seeds, out):
             v = 100*np.array([r[where] for r in runs])
             table[f'{name}, {where}'] = dict(mean=v.mean(0).tolist(), se=(v.std(0, ddof=1)/np.sqrt(len(v))).tolist())
             print(f'{name:<8} {where:<12} pseudo-label accuracy: untrained {v[:, 0].mean():.1f} %, after warm-up {v[:, 1].mean():.1f} %; '
-                  f'test error {v[:, 2].mean():.1f} ± {v[:, 2].std(ddof=1)/np.sqrt(len(v)):.1f} %', flush=True)
+                f'test error {v[:, 2].mean():.1f} ± {v[:, 2].std(ddof=1)/np.sqrt(len(v)):.1f} %', flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(dict(columns=['pseudo-label accuracy, untrained', 'pseudo-label accuracy, after warm-up', 'test error'],
-                                   seeds=seeds, environment=environment(), percent=table), indent=1))
+        seeds=seeds, environment=environment(), percent=table), indent=1))
 
 
 if __name__ == '__main__':

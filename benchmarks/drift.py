@@ -39,7 +39,7 @@ def conv(a, b): return nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), 
 
 
 def net(c): return nn.Sequential(conv(3, 16), conv(16, 16), nn.MaxPool2d(2), conv(16, 32), conv(32, 32), nn.MaxPool2d(2), conv(32, 128),
-                                 nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, c))
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, c))
 
 
 def record(args):

@@ -136,7 +136,7 @@ def step(args):
         prof.export_chrome_trace(str(args.trace))
     bound = counted/rate
     return [dict(part='step', bs=bs, gflop=counted/1e9, tflops_at_best=rate/1e12, bound_ms=1000*bound,
-                 **{k: dict(ms=1000*median(v), img_per_s=bs/median(v), **({} if k == 'batch' else dict(share_of_bound=bound/median(v)))) for k, v in seconds.items()})]
+        **{k: dict(ms=1000*median(v), img_per_s=bs/median(v), **({} if k == 'batch' else dict(share_of_bound=bound/median(v)))) for k, v in seconds.items()})]
 
 
 def update(args):
@@ -154,8 +154,8 @@ def update(args):
                 runs[-1].seconds['all'] = total
             res = runs[-1]
             row = dict(part='update', n=n, c=c, k=args.k, edges=len(res.W.values()), accuracy=res.accuracy(truth), graph=res.graph,
-                       seconds={o: median(r.seconds[o] for r in runs[1:]) for o in res.seconds},
-                       bound=dict(neighbours=2*n*n*128/flops, diffusion=20*len(res.W.values())*4*c/copied, tflops=flops/1e12, gb_per_s=copied/1e9))
+                seconds={o: median(r.seconds[o] for r in runs[1:]) for o in res.seconds},
+                bound=dict(neighbours=2*n*n*128/flops, diffusion=20*len(res.W.values())*4*c/copied, tflops=flops/1e12, gb_per_s=copied/1e9))
             if args.peer:
                 start = time.perf_counter()
                 labels, _ = authors_step(x.numpy(), seed_matrix(y, c).numpy(), args.k)

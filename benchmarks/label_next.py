@@ -41,7 +41,7 @@ def one(first, seed, m=20):
     interp = LPInterpretation.from_learner(learn)
     free = np.flatnonzero(d.shown < 0)
     chosen = dict(random=np.random.default_rng(seed).permutation(free)[:m], suggest=interp.suggest(m).index.to_numpy(),
-                  least_certain=interp.to_df().query('~labeled').nsmallest(m, 'certainty').index.to_numpy())
+        least_certain=interp.to_df().query('~labeled').nsmallest(m, 'certainty').index.to_numpy())
     return dict(seed=seed, before=before, **{name: train(more(d, items), seed)[1:] for name, items in chosen.items()})
 
 

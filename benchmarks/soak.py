@@ -40,7 +40,7 @@ def now(learn):
     "What a fit could leave behind"
     gc.collect()
     return dict(hooks=sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in learn.model.modules()), callbacks=[type(o).__name__ for o in learn.cbs],
-                files=len(os.listdir('/proc/self/fd')), processes=len(children()), threads=threading.active_count(), metrics=[m.name for m in learn.metrics])
+        files=len(os.listdir('/proc/self/fd')), processes=len(children()), threads=threading.active_count(), metrics=[m.name for m in learn.metrics])
 
 
 def kinds(): return Counter(type(o).__name__ for o in gc.get_objects())

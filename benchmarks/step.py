@@ -147,7 +147,7 @@ def race(repeats, once=(), **fns):
     ours = times[names[0]]
     ratio = {o: [t/u for t, u in zip(times[o], ours)] for o in names[1:]}
     return dict(seconds={o: median(t) for o, t in times.items()}, ratio={o: median(r) for o, r in ratio.items()},
-                ratios=ratio, repeats={o: len(t) for o, t in times.items()}), res
+        ratios=ratio, repeats={o: len(t) for o, t in times.items()}), res
 
 
 def bounds(n, d, nnz, c):
@@ -182,7 +182,7 @@ def measure(n, d, k, c, noise, parts, repeats, kw):
     if 'assembly' in parts:
         sims, idxs = (o.numpy() for o in graph)
         row['assembly'], res = race(repeats+2, ours=lambda: normalize(affinity(*graph, GAMMA))[0], scipy=lambda: scipy_assembly(sims, idxs),
-                                    scipy_direct=lambda: scipy_direct(sims, idxs))
+            scipy_direct=lambda: scipy_direct(sims, idxs))
         for peer in ('scipy', 'scipy_direct'):
             diff = abs(sp_csr(res['ours']) - res[peer]).max()
             assert diff < 1e-5, f'the assembly differs from {peer} by {diff}'
@@ -191,7 +191,7 @@ def measure(n, d, k, c, noise, parts, repeats, kw):
         row['nnz'] = len(S.values())
         T = sp_csr(S)
         row['diffusion'], res = race(repeats, ours=lambda: diffuse(S, Y, ALPHA, ITERS, TOL).Z, authors=lambda: authors_cg(T, Y.numpy()),
-                                     authors32=lambda: authors_cg(T, Y.numpy(), np.float32), torch_csr=lambda: block_cg(lambda p: S @ p, Y))
+            authors32=lambda: authors_cg(T, Y.numpy(), np.float32), torch_csr=lambda: block_cg(lambda p: S @ p, Y))
         same = {o: (res['ours'].argmax(1) == torch.as_tensor(z).argmax(1)).float().mean().item() for o, z in res.items()}
         row['diffusion']['same_argmax'] = same
         assert same['authors'] >= .999, f'argmax is the same on {same} only'
@@ -202,8 +202,8 @@ def measure(n, d, k, c, noise, parts, repeats, kw):
         labels, omega = weigh(Z)
         free = ((y < 0) & ours.reached).numpy() & (Z > 0).any(1)
         row['agreement'] = dict(argmax=float((ours.labels.numpy() == labels)[free].mean()), omega=float(abs(ours.certainty.numpy() - omega)[free].max()),
-                                reached=float(free.sum()/(y < 0).sum()), reached_differs=int((ours.reached.numpy() != (Z > 0).any(1))[y < 0].sum()),
-                                omega_raw_max=float(weigh(Z, False)[1].max()))
+            reached=float(free.sum()/(y < 0).sum()), reached_differs=int((ours.reached.numpy() != (Z > 0).any(1))[y < 0].sum()),
+            omega_raw_max=float(weigh(Z, False)[1].max()))
     if 'step' in parts:
         peers = dict(authors=lambda: authors_step(v, Y.numpy(), k)[0])
         if n <= 100_000: peers['LabelSpreading'] = lambda: label_spreading(v, y.numpy(), k)
@@ -222,7 +222,7 @@ def memory(n, d, k, c, noise, kw, intrinsic=None):
     before, start = resident('VmRSS'), time.perf_counter()
     res = propagate(x, y, c, k=k, **kw)
     return dict(before=before, peak=resident('VmHWM'), formula=peak_memory(n, d, c, k, **{o: kw[o] for o in ('keep_Z', 'index') if o in kw})/1e9, features=4*n*d/1e9, seconds=time.perf_counter()-start, stages=res.seconds,
-                accuracy=res.accuracy(truth), graph=res.graph, edges=None if res.W is None else len(res.W.values()), intrinsic=intrinsic, settings=kw)
+        accuracy=res.accuracy(truth), graph=res.graph, edges=None if res.W is None else len(res.W.values()), intrinsic=intrinsic, settings=kw)
 
 
 def show(row):
@@ -249,8 +249,8 @@ def show(row):
 def machine():
     cpu = [o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')] if os.path.exists('/proc/cpuinfo') else []
     return dict(cpu=cpu[0] if cpu else platform.processor(), cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-                threads=torch.get_num_threads(), faiss_threads=faiss.omp_get_max_threads(), python=platform.python_version(),
-                **{o: version(o) for o in ('fastai_lp', 'torch', 'numpy', 'scipy', 'scikit-learn')}, faiss=faiss.__version__)
+        threads=torch.get_num_threads(), faiss_threads=faiss.omp_get_max_threads(), python=platform.python_version(),
+        **{o: version(o) for o in ('fastai_lp', 'torch', 'numpy', 'scipy', 'scikit-learn')}, faiss=faiss.__version__)
 
 
 def add_bounds(out):

@@ -61,9 +61,9 @@ def main(repeats, out):
             if i: pairs.append(pair)  # the first warms up
         steps, updates = ([p['strong'][j]/p['lp'][j] for p in pairs] for j in (0, 1))
         res[name] = dict(step=[median(steps), min(steps), max(steps)], update=[median(updates), min(updates), max(updates)],
-                         ms_per_step={k: 1000*median(p[k][0] for p in pairs) for k in ('lp', 'strong')}, sec_per_update={k: median(p[k][1] for p in pairs) for k in ('lp', 'strong')})
+            ms_per_step={k: 1000*median(p[k][0] for p in pairs) for k in ('lp', 'strong')}, sec_per_update={k: median(p[k][1] for p in pairs) for k in ('lp', 'strong')})
         print(f"{name:<8} step {res[name]['step'][0]:.2f} ({min(steps):.2f} to {max(steps):.2f}) times lp's {res[name]['ms_per_step']['lp']:.1f} ms; "
-              f"update {res[name]['update'][0]:.2f} ({min(updates):.2f} to {max(updates):.2f}) times {res[name]['sec_per_update']['lp']:.2f} s", flush=True)
+            f"update {res[name]['update'][0]:.2f} ({min(updates):.2f} to {max(updates):.2f}) times {res[name]['sec_per_update']['lp']:.2f} s", flush=True)
     if out: out.write_text(json.dumps(dict(repeats=repeats, environment=environment(), **res), indent=1)+'\n')
 
 

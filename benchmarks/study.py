@@ -14,7 +14,6 @@ digits: 20 labels of 1,347 training items, 450 test items, the recipe of `lp_tra
 cifar10: 250 labels of 5,000 training images, 2,000 test images, 32×32 pixels; the small network with a first stride of 2, Adam, one cycle
 per stage: 60 epochs on the labels (300 steps), 6 with the pseudo-labels (570 steps), batches of 50 + 50."""
 import argparse
-import json
 import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -55,8 +54,7 @@ TRICKS = {
     'max': dict(symmetry='max'), 'mutual': dict(symmetry='mutual'), 'local scaling': dict(local=7),
     'Poisson': dict(labeler='poisson'),
     'MixUp': dict(mix='mixup unlabeled'), 'MixUp, all': dict(mix='mixup all'), 'CutMix': dict(mix='cutmix unlabeled'),
-    'twice an epoch': dict(steps=21),
-}
+    'twice an epoch': dict(steps=21)}
 LEFT_OUT = {'strong augmentation': dict(strong_tfms=None), 'MixUp': dict(mixup=None), 'Sinkhorn': dict(balance=None), 'temperature': dict(temperature=1.), 'ω = 1': dict(omega=True), 'thumbnail': dict(beside=0.), 'k = 10': dict(k=None)}
 ADDED = 'k = 20', 'local scaling', 'running mean', 'mean of 4 views', 'two views', 'twice an epoch'
 DIGITS_ONLY = 'affine alone', 'cutout alone', 'alignment', 'k = 5', 'k = 20', 'MixUp, all'
@@ -95,8 +93,8 @@ def one(dataset, row, method, changes, seed, data, lr, out):
     name = '-'.join([dataset, str(seed), str(lr), *more])  # rows with the same first stage find it in the folder of their process
     run = run_method(images, method, recipe, folder(), name, seed, keep=(), device='cpu', bar=False)
     run = dict(dataset=dataset, row=row, seed=seed, lr=lr, error=run['error_rate'], first_error=run['stages'][0][-1]['error_rate'], pseudo_accuracy=run['history'][-1]['accuracy'],
-               epoch_sec=sorted(o['sec'] for o in run['stages'][-1])[len(run['stages'][-1])//2], update_sec=sorted(o['sec'] for o in run['history'])[len(run['history'])//2],
-               method=method, changes=changes, recipe=run['recipe'], environment=run['environment'])
+        epoch_sec=sorted(o['sec'] for o in run['stages'][-1])[len(run['stages'][-1])//2], update_sec=sorted(o['sec'] for o in run['history'])[len(run['history'])//2],
+        method=method, changes=changes, recipe=run['recipe'], environment=run['environment'])
     append_json_line(out, run)
     return run
 

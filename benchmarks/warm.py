@@ -70,8 +70,8 @@ def run(args, c, wobble):
     for name, t in seconds.items():
         diff = [a - b for a, b in zip(accuracy[name], accuracy['exact'])]
         res['rows'].append(dict(name=name, mean=sum(t)/len(t), ratio=sum(seconds['authors'])/sum(t) if 'authors' in seconds else None, accuracy=sum(accuracy[name])/len(t), mean_diff=sum(diff)/len(t),
-                                worst_diff=min(diff), searched=sum(o['searched'] for o in info[name]) if name in info else None, seconds=t,
-                                recall=[o['recall'] for o in info.get(name, [])], overlap=[o.get('overlap') for o in info.get(name, [])]))
+            worst_diff=min(diff), searched=sum(o['searched'] for o in info[name]) if name in info else None, seconds=t,
+            recall=[o['recall'] for o in info.get(name, [])], overlap=[o.get('overlap') for o in info.get(name, [])]))
         print('{name:<14} mean {mean:6.2f} s, ratio {ratio}; accuracy {accuracy:.2f} %, to exact {mean_diff:+.2f} (worst {worst_diff:+.2f}); searched in {searched} epochs'.format(**res['rows'][-1]))
     return res
 

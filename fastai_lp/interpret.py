@@ -81,7 +81,7 @@ def plot_certainty(
         truth = torch.as_tensor(truth).cpu()
         right, free = pseudo.labels.cpu() == truth, free & (truth >= 0)
         ax.hist([omega[free & right].numpy(), omega[free & ~right].numpy()], bins=bins, range=(0, 1), stacked=True, color=[CORRECT, WRONG],
-                label=[f'correct ({(free & right).sum():,})', f'wrong ({(free & ~right).sum():,})'])
+            label=[f'correct ({(free & right).sum():,})', f'wrong ({(free & ~right).sum():,})'])
         ax.legend()
     ax.set(xlabel='certainty ω', ylabel='unlabeled items', title='Certainty of the pseudo-labels')
     return ax
@@ -199,7 +199,7 @@ class LPInterpretation:
         asked = ~self.pseudo.labeled & self.pseudo.reached & (self._known_truth() >= 0)
         if ax is None: ax = plt.subplots(figsize=(1.5+.45*len(self.vocab),)*2, layout='constrained')[1]
         ConfusionMatrixDisplay.from_predictions(self.truth[asked], self.pseudo.labels[asked], labels=range(len(self.vocab)), display_labels=self.vocab,
-                                                cmap='Blues', colorbar=False, xticks_rotation='vertical' if max(len(str(o)) for o in self.vocab) > 2 else 'horizontal', ax=ax)
+            cmap='Blues', colorbar=False, xticks_rotation='vertical' if max(len(str(o)) for o in self.vocab) > 2 else 'horizontal', ax=ax)
         ax.set(xlabel='pseudo-label', ylabel='true class')
         return ax
 
@@ -244,7 +244,7 @@ class LPInterpretation:
         first = None if isinstance(ds, Tabular) else [ds[i][0] for i in idxs]
         if not first or not all(isinstance(o, (PILBase, TensorImageBase)) or isinstance(o, torch.Tensor) and o.ndim == 3 for o in first):
             rows = (ds.iloc[idxs].decode().items if isinstance(ds, Tabular) else ds.items.iloc[idxs] if hasattr(ds.items, 'iloc')
-                    else pd.DataFrame(index=idxs)).set_axis(idxs)
+                else pd.DataFrame(index=idxs)).set_axis(idxs)
             rows = rows.assign(**{'pseudo-label': titles})
             rows.insert(0, 'item', self.items[idxs], allow_duplicates=True)
             return rows

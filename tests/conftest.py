@@ -48,7 +48,7 @@ def blob_learner(data=None, bs=16, two_stream=True, num_workers=0, seed=0, label
     labels = data.labels if labels is None else labels
     n = len(labels)
     dsets = Datasets(range(n), [[Look(data.x)], [Look(labels), SemiCategorize(vocab=list(range(data.c)))]],
-                     splits=[list(range(data.n_train)), list(range(data.n_train, n))])
+        splits=[list(range(data.n_train)), list(range(data.n_train, n))])
     make = dsets.semi_dataloaders if two_stream else dsets.dataloaders
     dls = make(bs=bs, num_workers=num_workers, device='cpu')
     learn = Learner(dls, model or blob_model(data.d, data.c), metrics=accuracy, cbs=cbs, loss_func=loss_func, path=path)

@@ -34,7 +34,7 @@ def reference(sims, idxs, symmetry='sum', local=None, gamma=3.):
                 d2 = 2-2*o
                 a = 1. if d2 < 4e-6 else torch.tensor(-d2/((sigma[i] or sigma[j])*(sigma[j] or sigma[i])), dtype=torch.float64).exp().float().item()
             A[i, j] = A[i, j]+a if symmetry == 'sum' else max(A[i, j], a)
-    return {'sum': A+A.T, 'max': torch.maximum(A, A.T), 'mutual': torch.minimum(A, A.T)}[symmetry]
+    return dict(sum=A+A.T, max=torch.maximum(A, A.T), mutual=torch.minimum(A, A.T))[symmetry]
 
 
 def check(W, rtol=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.schedule import fit_one_cycle
+from fastai.callback.schedule import fit_one_cycle  # chkstyle: ignore (adds Learner.fit_one_cycle)
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
@@ -50,7 +50,9 @@ def test_shift_and_flip_equal_a_loop(h, w, pad, mode, shift):
     assert {*how['down'].tolist()} == {*how['right'].tolist()} == {*range(-shift, shift+1)} and .35 < how['flip'].float().mean() < .65
     got = tfm.place(x, **how)
     assert got.dtype == torch.uint8 and torch.equal(got, slowly(x, how['down'], how['right'], how['flip'], shift, mode))
-    set_seed(3); how = tfm.draw(len(x)); set_seed(3)
+    set_seed(3)
+    how = tfm.draw(len(x))
+    set_seed(3)
     assert torch.equal(tfm(TensorImage(x), split_idx=0), tfm.place(x, **how)) and len({*how['down'].tolist()}) == 2*shift+1
 
 
@@ -169,8 +171,7 @@ def test_two_views():
     d = numbered()
     dls = image_dls(d, bs=20, device='cpu')
     dls.train.two_views()
-    for x, y in dls.train:
-        assert len(x) == 40 and torch.equal(number_of(x[:20]), number_of(x[20:])) and torch.equal(y[:20], y[20:])
+    for x, y in dls.train: assert len(x) == 40 and torch.equal(number_of(x[:20]), number_of(x[20:])) and torch.equal(y[:20], y[20:])
     d.images[:] = as_tensor(noise(230, 12, 12))
     x = next(iter(dls.train))[0]
     assert (x[:20] != x[20:]).flatten(1).any(1).float().mean() > .8                   # each view has its own draw

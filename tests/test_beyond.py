@@ -17,20 +17,20 @@ from torch import nn
 import fastai_lp.learner.callback
 from conftest import Look, Spy, blob_learner, blob_model, blobs, flat_weights, item_numbers
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import SemiCategorize, semi_dls
+from fastai_lp.learner.data import SemiCategorize
 from fastai_lp.utils.ema import RunningMean, ema_decay, update_mean
 from fastai_lp.learner.features import extract_features
 from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.mixing import StreamMixUp
 from fastai_lp.learner.resume import ResumeCallback
-from fastai_lp.learner.augment import Cutout, OnUnlabeled
+from fastai_lp.learner.augment import OnUnlabeled
 from test_resume import Stop, same
 from test_strong import Mark
 
 OPTIONS = dict(steps=dict(steps=3), strong=dict(strong_tfms=Mark()), views=dict(unlabeled_views=2), least=dict(min_labeled=10), mean_of_views=dict(augment=2), ema=dict(ema=.9),
-               backbone=dict(backbone=nn.Identity()), beside=dict(backbone=nn.Identity(), beside=1.), mixup=dict(mixup=.4), power=dict(omega_power=2.), soft=dict(soft=True), balance=dict(balance='sinkhorn', prior='uniform'), sharp=dict(temperature=.5, soft=True),
-               mutual=dict(symmetry='mutual'), local=dict(local=3))
+    backbone=dict(backbone=nn.Identity()), beside=dict(backbone=nn.Identity(), beside=1.), mixup=dict(mixup=.4), power=dict(omega_power=2.), soft=dict(soft=True), balance=dict(balance='sinkhorn', prior='uniform'), sharp=dict(temperature=.5, soft=True),
+    mutual=dict(symmetry='mutual'), local=dict(local=3))
 
 
 class Codes(ItemTransform):
@@ -206,7 +206,6 @@ def test_an_update_within_the_epoch_does_not_change_what_is_drawn():
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_item_transforms_go_on_training_after_an_update(workers):
-    from fastcore.basics import noop
     from fastai.torch_basics import DisplayedTransform
     class Shift(DisplayedTransform):
         split_idx = 0
@@ -288,8 +287,7 @@ def test_min_labeled_in_a_sorted_dataloader():
 
 # Descriptors
 
-def test_ema_decay_zero_is_the_network_itself():
-    assert torch.equal(flat_weights(trained(ema=0.)), flat_weights(trained()))
+def test_ema_decay_zero_is_the_network_itself(): assert torch.equal(flat_weights(trained(ema=0.)), flat_weights(trained()))
 
 
 def test_descriptors_of_the_running_mean(extracted):
@@ -344,7 +342,6 @@ def test_exported_learner_has_no_running_mean(tmp_path):
 
 
 def test_descriptors_averaged_over_views():
-    from fastai.torch_core import set_seed
     class Noise(Mark):
         def encodes(self, x: torch.Tensor): return x + .5*torch.randn(x.shape)
     learn = blob_learner()

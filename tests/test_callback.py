@@ -282,7 +282,7 @@ class Break(Callback):
 
 
 @pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_batch', 'before_train', 'after_train',
-                                   'before_validate', 'before_epoch', 'after_epoch'])
+    'before_validate', 'before_epoch', 'after_epoch'])
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('boom')])
 @pytest.mark.parametrize('permanent', [False, True])
 def test_interrupted_anywhere(event, error, permanent):
@@ -291,7 +291,7 @@ def test_interrupted_anywhere(event, error, permanent):
     with E(type(error)): learn.fit(3, cbs=[Break(error, event, at=2)] + ([] if permanent else [LPCallback()]))
     assert learn.loss_func is loss and '_with_events' not in vars(learn)      # at once, whatever comes next
     assert set(vars(learn)) - before <= {'lp_record', 'epoch', 'loss', 'train_iter', 'pct_train', 'n_iter', 'n_epoch', 'dl', 'iter', 'xb', 'yb', 'pred',
-                                         'loss_grad', 'smooth_loss', 'final_record', 'recorder'}
+        'loss_grad', 'smooth_loss', 'final_record', 'recorder'}
     traceless(learn)
     learn.fit(1, cbs=None if permanent else LPCallback())
     assert len(learn.lp_record.history) >= 1
@@ -532,7 +532,7 @@ def test_truth_of_rows_of_a_dataframe(data):
 
 def test_truth_must_fit_the_known_labels(data):
     for truth, match in (((data.truth[:120]+1) % 3, 'contradicts the known label of 9'), (data.truth, 'expected one class each'),
-                         ({'other': 1}, 'knows none of the 120')):
+        ({'other': 1}, 'knows none of the 120')):
         learn = blob_learner(data)
         with E(ValueError, match=match): learn.fit(1, cbs=LPCallback(truth=truth))
         traceless(learn)

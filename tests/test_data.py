@@ -90,7 +90,7 @@ def test_block_with_missing_labels_of_all_kinds():
     block = DataBlock(blocks=(TransformBlock, SemiCategoryBlock), get_x=ColReader('x'), get_y=ColReader('y'), splitter=IndexSplitter([7]))
     with pytest.raises(KeyError, match="'c' is not in the vocab"): block.dataloaders(df, bs=2, num_workers=0).valid.one_batch()
     dls = DataBlock(blocks=(TransformBlock, SemiCategoryBlock(vocab=['a', 'b', 'c'])), get_x=ColReader('x'), get_y=ColReader('y'),
-                    splitter=IndexSplitter([7])).semi_dataloaders(df, bs=4, num_workers=0)
+        splitter=IndexSplitter([7])).semi_dataloaders(df, bs=4, num_workers=0)
     assert list(dls.vocab) == ['a', 'b', 'c'] and dls.c == 3
     assert dls.train.targets.tolist() == [1, -1, 0, -1, -1, 1, -1]
     assert targets_of(dls.valid).tolist() == [2]
@@ -115,7 +115,7 @@ def test_hide_labels():
         assert sorted(y.tolist()) == [-1, -1, 0, 1] and truth.dtype == unsigned.dtype
     assert hide_labels(('x', 'y'), n=1) == (['x', 'y'], ('x', 'y'))
     for kwargs, match in ((dict(n=6), 'cannot keep 6'), (dict(), 'either n'), (dict(n=1, keep=[0]), 'either n'), (dict(keep=[75]), 'outside 0 to 74'),
-                          (dict(keep=['a.png']), 'pass items='), (dict(keep=np.arange(75) < 3), 'keep is a mask'), (dict(keep=['a.png'], items=['b/a.png', 'c/a.png']), 'names 2 items')):
+        (dict(keep=['a.png']), 'pass items='), (dict(keep=np.arange(75) < 3), 'keep is a mask'), (dict(keep=['a.png'], items=['b/a.png', 'c/a.png']), 'names 2 items')):
         with pytest.raises(ValueError, match=match): hide_labels(labels, **kwargs)
 
 
@@ -145,7 +145,7 @@ def test_tabular_with_missing_targets():
     df = pd.DataFrame(data.x.numpy(), columns=[f'x{i}' for i in range(8)])
     df['y'] = pd.Categorical([None if o is None else 'abc'[o] for o in data.labels])
     to = TabularPandas(df, procs=[Categorify, Normalize], cont_names=list(df.columns[:8]), y_names='y', y_block=CategoryBlock(),
-                       splits=(list(range(170)), list(range(170, 200))))
+        splits=(list(range(170)), list(range(170, 200))))
     dls = semi_dls(to.dataloaders(bs=32), 16)
     assert (dls.train.targets < 0).sum() == 170-15
     assert [((b[-1] < 0).sum().item(), len(b[-1])) for b in dls.train] == [(16, 32)]*9

@@ -65,7 +65,7 @@ def encoded(tmp_path):
     x, y = noise(50), np.arange(50) % 5
     files, at = [jpeg(o) for o in x], lambda o: np.cumsum([0] + [len(f) for f in o])
     arrays = dict(classes=np.array(list('vwxyz')), **{f'{name}_{k}': v for name, part in (('train', slice(0, 40)), ('test', slice(40, 50)))
-                  for k, v in dict(jpeg=np.concatenate(files[part]), offsets=at(files[part]), labels=y[part].astype(np.uint8)).items()})
+        for k, v in dict(jpeg=np.concatenate(files[part]), offsets=at(files[part]), labels=y[part].astype(np.uint8)).items()})
     np.savez(tmp_path/'set.npz', **arrays)
     return tmp_path/'set.npz', torch.stack([torch.tensor(np.array(Image.open(io.BytesIO(f.tobytes())))).permute(2, 0, 1) for f in files]), arrays
 
@@ -204,13 +204,13 @@ def test_indices_and_their_files(ten, tmp_path):
     np.savez(tmp_path/'s.npz', labels_3=np.array([[0, 1, 2], [5, 4, 3]], dtype=np.int32), labels_4=np.zeros((1, 4), dtype=int))
     assert known(show_labels(ten, 3, file=tmp_path/'s.npz', split=1)) == [3, 4, 5]
     for kwargs, match in ((dict(n=3, split=2), 'split=2: labels_3 of .* has rows 0 to 1'), (dict(n=5, split=0), 'no array labels_5, only labels_3, labels_4'),
-                          (dict(n=4, split=0), 'index 0 comes twice'), (dict(n=3), 'expected n, or idxs'), (dict(split=1), 'expected n, or idxs')):
+        (dict(n=4, split=0), 'index 0 comes twice'), (dict(n=3), 'expected n, or idxs'), (dict(split=1), 'expected n, or idxs')):
         with pytest.raises(ValueError, match=match): show_labels(ten, file=tmp_path/'s.npz', **kwargs)
     np.savez(tmp_path/'uneven.npz', labels_6=np.array([[0, 1, 2, 3, 6, 9]]))
     with pytest.warns(UserWarning, match='labels_6 of .* shows 1 to 4 labels of a class'): show_labels(ten, 6, file=tmp_path/'uneven.npz', split=0)
     for idxs, match in (([0, 1, 2, 2], 'index 2 comes twice'), ([0, 1, 45, 99], r'2 indices are not in the training set, first \[45, 99\]: it has 45 items, 0 to 44$'),
-                        ([-1, 1, 2], r'first \[-1\]'), ([0, 1], "class 'eel' has no labeled item"), ([0], "class 'dog' has no labeled item, and 1 more"),
-                        (np.ones(45, dtype=bool), 'np.flatnonzero'), ([[0, 1, 2]], 'expected int')):
+        ([-1, 1, 2], r'first \[-1\]'), ([0, 1], "class 'eel' has no labeled item"), ([0], "class 'dog' has no labeled item, and 1 more"),
+        (np.ones(45, dtype=bool), 'np.flatnonzero'), ([[0, 1, 2]], 'expected int')):
         with pytest.raises(ValueError, match=match): show_labels(ten, idxs=idxs)
     for kwargs in ({}, dict(n=3, idxs=[0, 1, 2]), dict(idxs=[0], file='x.txt'), dict(n=3, split=1)):
         with pytest.raises(ValueError, match='expected n, or idxs, or the file'): show_labels(ten, **kwargs)
@@ -230,8 +230,8 @@ def test_label_lists(ten, tmp_path):
     file.write_text('0.png cat\n4.png dog\n\n44.png eel\n')
     assert known(show_labels(ten, file=file)) == [0, 4, 44]
     for text, match in (('0.png cat\n1.png', 'line 2: expected NAME LABEL'), ('0.png cat\n0.png cat', "names '0.png' twice"), ('0.png cow', "'cow' is no class of this set, which has .*'cat'"),
-                        ('50.png eel\n0.png cat', "names 1 images that are not in the training set, first '50.png'; it has names such as '0.png'"),
-                        ('0.png cat\n1.png cat', "gives 1 images another class than the data, first '1.png': 'cat' rather than 'dog'"), ('0.png cat', "class 'dog' has no labeled item")):
+        ('50.png eel\n0.png cat', "names 1 images that are not in the training set, first '50.png'; it has names such as '0.png'"),
+        ('0.png cat\n1.png cat', "gives 1 images another class than the data, first '1.png': 'cat' rather than 'dog'"), ('0.png cat', "class 'dog' has no labeled item")):
         file.write_text(text)
         with pytest.raises(ValueError, match=match): show_labels(ten, file=file)
     ten.names[3] = '0.png'

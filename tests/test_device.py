@@ -7,7 +7,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import lr_find
+from fastai.callback.schedule import lr_find  # chkstyle: ignore (adds Learner.lr_find)
 from fastai.learner import AvgSmoothLoss, Learner, Recorder, load_learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
@@ -28,7 +28,7 @@ from fastai_lp.transductive.neighbors import _exact_torch, knn
 
 aten, T = torch.ops.aten, torch.Tensor
 asking = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten._unique, aten._unique2,
-          aten.unique_dim, aten.unique_consecutive, aten.bincount}
+    aten.unique_dim, aten.unique_consecutive, aten.bincount}
 indexing = {aten.index, aten.index_put, aten.index_put_}
 
 
@@ -125,7 +125,7 @@ def test_what_does_not_wait_is_not(f):
 
 # Steps
 
-methods = {'supervised': (), 'lp': (LPCallback,), 'mt': (MeanTeacherCallback,), 'mt_lp': (LPCallback, MeanTeacherCallback)}
+methods = dict(supervised=(), lp=(LPCallback,), mt=(MeanTeacherCallback,), mt_lp=(LPCallback, MeanTeacherCallback))
 
 
 def make(method): return [cb(rampup=1) if cb is MeanTeacherCallback else cb(k=5) for cb in methods[method]]

@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conftest import blob_learner, blobs, flat_weights
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import TwoStream
 from fastai_lp.utils.distributed import gather_rows, place, unwrapped, work_shared
 from fastai_lp.learner.features import extract_features
 from fastai_lp.transductive.labelers import Diffusion
@@ -88,9 +87,9 @@ def fields(p): return {k: v for k, v in vars(p).items() if k not in ('W', 'secon
 def fit(learn, epochs, cbs, look=None, lr=1e-2):
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(epochs, lr, cbs=[*([look] if look else []), *cbs])
     return dict(weights=flat_weights(learn), history=getattr(learn, 'lp_record', None) and learn.lp_record.history, values=list(learn.recorder.values),
-                whole=not isinstance(learn.model, DistributedDataParallel) and place(learn.dls.train) == (0, 1) and len(learn.metrics) == 1
-                      and type(learn.loss_func).__name__ == 'CrossEntropyLossFlat' and getattr(learn.dls.train, 'ranks', 1) == 1 and 'get_idxs' not in vars(learn.dls.train),
-                **({} if look is None else dict(items=look.items, labeled=look.labeled, right=look.right)))
+        whole=not isinstance(learn.model, DistributedDataParallel) and place(learn.dls.train) == (0, 1) and len(learn.metrics) == 1
+        and type(learn.loss_func).__name__ == 'CrossEntropyLossFlat' and getattr(learn.dls.train, 'ranks', 1) == 1 and 'get_idxs' not in vars(learn.dls.train),
+        **({} if look is None else dict(items=look.items, labeled=look.labeled, right=look.right)))
 
 
 class Start(Callback):

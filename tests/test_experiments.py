@@ -48,7 +48,7 @@ def test_two_programs_one_file(tmp_path):
     "Each writes whole lines, and none is lost"
     run = dict(dataset='digits', method='lp', labels=20, items=9, recipe=dict(omega=True), error_rate=.1, top5_error=0., environment={}, history=list(range(9000)))
     code = ("import json, sys; from pathlib import Path; from fastai_lp.experiments.commands import _record\n"
-            f"for i in range(30): _record(Path(sys.argv[1]), json.loads({json.dumps(run)!r}) | dict(name=sys.argv[2]+str(i)))")
+        f"for i in range(30): _record(Path(sys.argv[1]), json.loads({json.dumps(run)!r}) | dict(name=sys.argv[2]+str(i)))")
     both = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, tmp_path/'digits.jsonl', name]) for name in 'ab']
     assert [p.wait() for p in both] == [0, 0]
     assert sorted(r['name'] for r in read_lines(tmp_path/'digits.jsonl')) == sorted(f'{o}{i}' for o in 'ab' for i in range(30))
@@ -83,7 +83,7 @@ def test_same_seed_same_result(tmp_path):
 
 def run(method, error, accuracy=None, sec=2., teacher=None, **recipe):
     return dict(method=method, error_rate=error, history=[] if accuracy is None else [dict(epoch=0, accuracy=.1), dict(epoch=1, accuracy=accuracy)],
-                seconds=dict(stage1=sec/2, stage2=sec/2), recipe=dict(omega=True, zeta=True) | recipe, **({} if teacher is None else dict(teacher_error_rate=teacher)))
+        seconds=dict(stage1=sec/2, stage2=sec/2), recipe=dict(omega=True, zeta=True) | recipe, **({} if teacher is None else dict(teacher_error_rate=teacher)))
 
 
 def test_summary_is_mean_and_standard_error():
@@ -106,8 +106,8 @@ def test_twice_is_once(tmp_path):
 
 
 @pytest.mark.parametrize('args, message', [pytest.param(['digits', '--device', 'cuda'], 'no CUDA GPU', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is one')), (['cifar'], "unknown dataset 'cifar'"), (['digits', '--methods', 'lp,svm'], 'unknown method(s) svm'), (['digits', '--labels', '25'], 'multiple of 10'),
-                                           (['digits', '--n-train', '100'], 'come with scikit-learn'), (['digits', '--network', 'vgg'], "network='vgg'"), (['digits', '--network', 'convnet13'], "use 'small'"), (['digits', '--epochs', '5,0'], 'one or two numbers'), (['digits', '--labels', '0'], 'multiple of 10'),
-                                           (['digits', '--split', '9-3'], 'expected numbers'), (['digits', '--seeds', '0'], 'at least one'), (['mini_imagenet'], 'pass data'), (['cifar10', '--data', 'nowhere'], 'nowhere')])
+    (['digits', '--n-train', '100'], 'come with scikit-learn'), (['digits', '--network', 'vgg'], "network='vgg'"), (['digits', '--network', 'convnet13'], "use 'small'"), (['digits', '--epochs', '5,0'], 'one or two numbers'), (['digits', '--labels', '0'], 'multiple of 10'),
+    (['digits', '--split', '9-3'], 'expected numbers'), (['digits', '--seeds', '0'], 'at least one'), (['mini_imagenet'], 'pass data'), (['cifar10', '--data', 'nowhere'], 'nowhere')])
 def test_wrong_calls(args, message, tmp_path):
     res = subprocess.run([Path(sys.executable).with_name('lp_train'), *args], capture_output=True, text=True, cwd=tmp_path)
     assert res.returncode != 0 and message in res.stderr and 'Traceback' not in res.stderr

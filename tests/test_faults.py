@@ -37,7 +37,7 @@ from fastai_lp.learner.resume import ResumeCallback
 from test_callback import Break, traceless
 
 LABELS, DESCRIPTORS, BATCHES, IMAGES, FILES, STOPPED, ROOM = ('Labels', 'Descriptors and graph', 'Batches', 'Image files and names', 'Files that were damaged or changed',
-                                                             'Stopped or failed in the middle', 'No room left')
+    'Stopped or failed in the middle', 'No room left')
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='limits of a process as Linux has them')
 
 
@@ -159,7 +159,7 @@ def test_hundreds_of_classes(shows):
 
 def test_truth_that_does_not_fit(shows, data):
     for what, truth, match in (('`truth=` has another length', data.truth[:50], 'truth has shape'), ('`truth=` contradicts a known label', data.truth[:120].roll(1), 'truth contradicts the known label'),
-                               ('`truth=` names an unknown class', ['zebra']*120, "names the class 'zebra'")):
+        ('`truth=` names an unknown class', ['zebra']*120, "names the class 'zebra'")):
         learn = blob_learner(data)
         with shows.error(LABELS, what, match): learn.fit(1, cbs=LPCallback(truth=truth))
         traceless(learn)
@@ -252,8 +252,8 @@ def test_descriptors_of_another_shape(shows, shape):
 
 
 @pytest.mark.parametrize('convert', [lambda x: x.half(), lambda x: x.double(), lambda x: (100*x).round().long(), lambda x: (50*x).round().to(torch.int8), lambda x: x.bfloat16(),
-                                     lambda x: x.numpy().astype('>f4'), lambda x: np.asfortranarray(x.numpy()), lambda x: x.numpy()[:, ::-1], lambda x: x.T.contiguous().T, lambda x: x.numpy().tolist()],
-                         ids=['float16', 'float64', 'int64', 'int8', 'bfloat16', 'big-endian', 'columns first', 'reversed', 'transposed', 'lists'])
+    lambda x: x.numpy().astype('>f4'), lambda x: np.asfortranarray(x.numpy()), lambda x: x.numpy()[:, ::-1], lambda x: x.T.contiguous().T, lambda x: x.numpy().tolist()],
+    ids=['float16', 'float64', 'int64', 'int8', 'bfloat16', 'big-endian', 'columns first', 'reversed', 'transposed', 'lists'])
 def test_numbers_of_other_types_and_orders(shows, convert, request):
     x, y, truth = clouds()
     odd = convert(x)
@@ -397,7 +397,7 @@ def test_damaged_pseudo_labels(shows, tmp_path):
 
 
 @pytest.mark.parametrize('change', [dict(labels=np.full(30, 7)), dict(labels=np.zeros(29, int)), dict(certainty=np.zeros(30)), dict(W_col=np.full(1, 10**6)), dict(W_crow=np.arange(31)[::-1].copy()),
-                                    dict(labeled=np.zeros((30, 2), bool)), dict(Z=np.zeros((30, 9), np.float32)), dict(class_weights=np.float32(1)), dict(reached=None)], ids=lambda o: next(iter(o)))
+    dict(labeled=np.zeros((30, 2), bool)), dict(Z=np.zeros((30, 9), np.float32)), dict(class_weights=np.float32(1)), dict(reached=None)], ids=lambda o: next(iter(o)))
 def test_arrays_that_do_not_fit(shows, tmp_path, change):
     x, y, _ = clouds(30)
     file = propagate(x, y).save(tmp_path/'p.npz')
@@ -459,13 +459,13 @@ def test_damaged_results(shows, tmp_path):
 # Stopped or failed in the middle
 
 EVENTS = ['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'before_step', 'after_step', 'after_batch', 'after_train',
-          'before_validate', 'after_validate', 'after_epoch', 'after_fit']
+    'before_validate', 'after_validate', 'after_epoch', 'after_fit']
 
 
 def state_of(learn):
     return dict(loss=learn.loss_func, metrics=[(type(m), m.name) for m in learn.metrics], hooks=[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in learn.model.modules()],
-                dls=(id(learn.dls), len(learn.dls.train), 'get_idxs' in vars(learn.dls.train), learn.dls.train.labeled_only, learn.dls.train.bs, learn.dls.train.views),
-                cbs=[type(o) for o in learn.cbs])
+        dls=(id(learn.dls), len(learn.dls.train), 'get_idxs' in vars(learn.dls.train), learn.dls.train.labeled_only, learn.dls.train.bs, learn.dls.train.views),
+        cbs=[type(o) for o in learn.cbs])
 
 
 @pytest.mark.parametrize('permanent', [False, True])
@@ -486,7 +486,7 @@ def test_another_callback_fails(shows, event, permanent):
 
 
 @pytest.mark.parametrize('error, event', [(CancelBatchException, 'before_batch'), (CancelBatchException, 'after_loss'), (CancelStepException, 'before_step'), (CancelTrainException, 'before_batch'),
-                                          (CancelEpochException, 'before_epoch'), (CancelEpochException, 'before_batch'), (CancelFitException, 'before_fit'), (CancelFitException, 'before_epoch'), (CancelFitException, 'after_batch'), (CancelFitException, 'after_epoch')])
+    (CancelEpochException, 'before_epoch'), (CancelEpochException, 'before_batch'), (CancelFitException, 'before_fit'), (CancelFitException, 'before_epoch'), (CancelFitException, 'after_batch'), (CancelFitException, 'after_epoch')])
 def test_cancelled(shows, error, event):
     learn = blob_learner()
     before = state_of(learn)

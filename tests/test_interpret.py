@@ -119,7 +119,7 @@ def test_rows_of_a_table_join_by_their_index():
     df = pd.DataFrame(data.x.numpy(), columns=list('abcdefgh')).assign(y=[None if o is None else 'uvw'[o] for o in data.labels])
     df.index = df.index + 1000
     dls = TabularDataLoaders.from_df(df, procs=[FillMissing, Normalize], cont_names=list('abcdefgh'), y_names='y', y_block=CategoryBlock(), bs=16,
-                                     valid_idx=list(range(data.n_train, len(df))))
+        valid_idx=list(range(data.n_train, len(df))))
     learn = tabular_learner(semi_dls(dls), layers=[16])
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=LPCallback())
     interp = LPInterpretation.from_learner(learn)
@@ -185,11 +185,11 @@ def unwell(n=200):
     two[0], two[n//4] = 0, 1
     x = torch.randn(n, 16, generator=g)
     return dict(certainty=propagate(x, few), residual=propagate(x, torch.where(torch.arange(n) < 100, torch.arange(n) % 4, -1), max_iter=2),
-                reached=propagate(islands, two, k=5), **{'class': propagate(torch.ones(n, 16), few)})
+        reached=propagate(islands, two, k=5), **{'class': propagate(torch.ones(n, 16), few)})
 
 
 @pytest.mark.parametrize('what,match', [('certainty', 'is next to nothing.*warmup='), ('class', 'class .* takes over: 100%'), ('residual', 'after 2 .*Raise max_iter='),
-                                        ('reached', 'no label reaches 100 of 198 unlabeled items')])
+    ('reached', 'no label reaches 100 of 198 unlabeled items')])
 def test_advice_names_what_looks_wrong(what, match):
     import re
     found = advice(unwell()[what])

@@ -20,7 +20,7 @@ from fastai_lp.transductive.neighbors import _exact_torch, knn, unit_rows
 samples, alphas, classes = st.integers(0, 2**32-1), st.floats(0, .99), st.integers(1, 4)
 decimals = st.integers(-4000, 4000).map(lambda o: o/1000)  # squares of all of them, and of their sums, are far from underflow
 options = st.fixed_dictionaries(dict(seeds=st.sampled_from(['class_size', 'raw']), omega_norm=st.sampled_from(['all', 'unlabeled', None]), zeta_norm=st.sampled_from(['items', 'classes']),
-                                     alpha=alphas, max_iter=st.integers(1, 30), keep_Z=st.booleans()))
+    alpha=alphas, max_iter=st.integers(1, 30), keep_Z=st.booleans()))
 
 
 def generator(seed): return torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def descriptors(draw, grid=True):
     else: x = normal(draw(samples), n, d).float()
     item = st.integers(0, n-1)
     for i, j, how in draw(st.lists(st.tuples(item, item, st.sampled_from(['equal', 'near', 'zero'])), max_size=6)):
-        x[i] = {'equal': x[j], 'near': x[j]+1e-6, 'zero': 0*x[j]}[how]
+        x[i] = dict(equal=x[j], near=x[j]+1e-6, zero=0*x[j])[how]
     return x
 
 
@@ -468,7 +468,7 @@ def test_seeds_of_a_class_sum_to_one_or_are_one(problem):
 
 
 BASES = dict(function=F.cross_entropy, module=torch.nn.CrossEntropyLoss(), smoothed=torch.nn.CrossEntropyLoss(label_smoothing=.1),
-             fastai=CrossEntropyLossFlat(), smoothed_fastai=LabelSmoothingCrossEntropyFlat())
+    fastai=CrossEntropyLossFlat(), smoothed_fastai=LabelSmoothingCrossEntropyFlat())
 
 
 @st.composite

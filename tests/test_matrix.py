@@ -95,7 +95,7 @@ def table(hide):
 
 def of_a_table(images, hide=True, y_block=None, two_streams=True, **kwargs):
     dls = TabularDataLoaders.from_df(table(hide), procs=[Categorify, FillMissing, Normalize], cat_names=['kind'], cont_names=list('wxyz'),
-                                     y_names='meal', y_block=y_block, valid_idx=VALID, bs=16, device='cpu')
+        y_names='meal', y_block=y_block, valid_idx=VALID, bs=16, device='cpu')
     learn = tabular_learner(semi_dls(dls) if hide and two_streams else dls, layers=[16], metrics=accuracy, **kwargs)
     return learn, [row for _, row in table(hide).iloc[VALID].iterrows()]
 
@@ -108,7 +108,7 @@ def texts(hide):
     df = pd.DataFrame(dict(text=[' '.join(rng.choice(words[NAMES[c]] + common, 8*rng.integers(1, 6)-1)) for c in CLASS], label=labels(hide)))
     df['valid'] = df.index.isin(VALID)
     block = DataBlock(blocks=(TextBlock.from_df('text', seq_len=8, min_freq=1, n_workers=0), SemiCategoryBlock), get_x=ColReader('text'),
-                      get_y=ColReader('label'), splitter=ColSplitter('valid'))
+        get_y=ColReader('label'), splitter=ColSplitter('valid'))
     return block.dataloaders(df, bs=16, num_workers=0, device='cpu', seq_len=8), df.text[df.valid].tolist()
 
 
@@ -119,8 +119,8 @@ def of_texts(images, hide=True, **kwargs):
 
 
 LEARNERS = dict(vision_learner=partial(of_images, resnet18), timm=partial(of_images, 'test_efficientnet'), Learner=of_tensors,
-                tabular_learner=of_a_table, tabular_learner_one_stream=partial(of_a_table, y_block=SemiCategoryBlock, two_streams=False),
-                text_classifier_learner=of_texts)
+    tabular_learner=of_a_table, tabular_learner_one_stream=partial(of_a_table, y_block=SemiCategoryBlock, two_streams=False),
+    text_classifier_learner=of_texts)
 
 
 class Make:
@@ -573,18 +573,18 @@ def export(make):
 
 TABLE = dict(mixup="'tuple' object has no attribute 'device'", cutmix="'tuple' object has no attribute 'size'", tta='set_split_idx', top_losses=None)
 CANNOT = dict(vision_learner={}, timm={}, tabular_learner=TABLE, tabular_learner_one_stream=TABLE,
-              Learner=dict(cutmix='not enough values to unpack', show_batch="no attribute 'show'", show_results="no attribute 'show'",
-                           top_losses='plot_top_losses is not implemented'),
-              text_classifier_learner=dict(mixup='expected dtype long int', cutmix='not enough values to unpack', show_results='not subscriptable'))
+    Learner=dict(cutmix='not enough values to unpack', show_batch="no attribute 'show'", show_results="no attribute 'show'",
+        top_losses='plot_top_losses is not implemented'),
+    text_classifier_learner=dict(mixup='expected dtype long int', cutmix='not enough values to unpack', show_results='not subscriptable'))
 NO_KERNEL = [('text_classifier_learner', 'bf16')]  # an LSTM in bfloat16: not on every CPU
 
 PLAIN = dict(mixup=lambda learn: learn.fit(1, cbs=MixUp()), cutmix=lambda learn: learn.fit(1, cbs=CutMix()), tta=lambda learn: learn.tta(),
-             show_batch=lambda learn: learn.dls.show_batch(), show_results=lambda learn: learn.show_results(),
-             top_losses=lambda learn: ClassificationInterpretation.from_learner(learn).plot_top_losses(3))
+    show_batch=lambda learn: learn.dls.show_batch(), show_results=lambda learn: learn.show_results(),
+    top_losses=lambda learn: ClassificationInterpretation.from_learner(learn).plot_top_losses(3))
 
 
 @pytest.mark.parametrize('kind, name', [pytest.param(l, h, id=f'{l}-{h}') for l in LEARNERS for h in HABITS
-                                        if h not in CANNOT[l] and (l, h) not in NO_KERNEL])
+    if h not in CANNOT[l] and (l, h) not in NO_KERNEL])
 def test_habit(kind, name, images, tmp_path):
     make = Make(kind, images, tmp_path)
     HABITS[name](make)
@@ -623,10 +623,10 @@ def test_lr_find_before_the_callback_is_there(kind, images, tmp_path):
 
 
 @pytest.mark.parametrize('meals', [pd.Series(labels(True), dtype=object), pd.Series([o or '' for o in labels(True)]), pd.Categorical(labels(True)),
-                                   pd.Series([c if o else None for c, o in zip(CLASS, labels(True))], dtype='Int64')], ids=['None', 'empty', 'category', 'NA'])
+    pd.Series([c if o else None for c, o in zip(CLASS, labels(True))], dtype='Int64')], ids=['None', 'empty', 'category', 'NA'])
 def test_missing_targets_of_a_table(meals):
     dls = TabularDataLoaders.from_df(table(True).assign(meal=meals), procs=[Normalize], cont_names=list('xyz'), y_names='meal', y_block=SemiCategoryBlock,
-                                     valid_idx=VALID, bs=16, device='cpu')
+        valid_idx=VALID, bs=16, device='cpu')
     assert len(dls.vocab) == dls.c == 3 and dls.vocab == sorted(dls.vocab)
     assert torch.equal(targets_of(dls.train) < 0, torch.arange(60) >= 12)
     assert [str(o) for o in dls.train_ds.decode().items.meal] == [str(o) if i < 12 else '?' for i, o in enumerate(table(True).assign(meal=meals).meal[:60])]

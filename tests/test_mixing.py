@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import lr_find
+from fastai.callback.schedule import lr_find  # chkstyle: ignore (adds Learner.lr_find)
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
@@ -54,7 +54,8 @@ def test_every_permutation_is_as_likely():
 
 
 def test_without_streams_it_is_fastais_draw():
-    torch.manual_seed(3); p = partners(torch.zeros(20, dtype=torch.long))
+    torch.manual_seed(3)
+    p = partners(torch.zeros(20, dtype=torch.long))
     torch.manual_seed(3)
     assert torch.equal(p, torch.randperm(20)) and len(partners(torch.zeros(0, dtype=torch.long))) == 0
 
@@ -64,8 +65,10 @@ def test_without_streams_it_is_fastais_draw():
 @pytest.mark.parametrize('h, w', [(8, 8), (5, 12), (1, 7)])
 def test_boxes_equal_a_loop(h, w):
     lam = torch.cat([torch.rand(200, generator=torch.Generator().manual_seed(0)), torch.tensor([0., 1., .5])])
-    torch.manual_seed(1); boxes = cut_boxes(lam, h, w)
-    torch.manual_seed(1); rows, columns = torch.randint(h, lam.shape), torch.randint(w, lam.shape)
+    torch.manual_seed(1)
+    boxes = cut_boxes(lam, h, w)
+    torch.manual_seed(1)
+    rows, columns = torch.randint(h, lam.shape), torch.randint(w, lam.shape)
     for box, l, row, column in zip(boxes, lam, rows.tolist(), columns.tolist()):
         height, width = int((h*(1-l).sqrt()).round()), int((w*(1-l).sqrt()).round())
         expected = torch.zeros(h, w, dtype=torch.bool)
@@ -229,7 +232,9 @@ def test_losses_equal_a_loop(kind, make, share):
     y = torch.where(b.unlabeled, -100, b.labels) if share else b.labels
     pred = torch.randn(14, b.c, generator=torch.Generator().manual_seed(5), requires_grad=True)
     cb.learn = learn = stand_in((b.x,), (TensorCategory(y),), loss, cb)
-    cb.before_train(); torch.manual_seed(0); cb.before_batch()
+    cb.before_train()
+    torch.manual_seed(0)
+    cb.before_batch()
     assert torch.equal(learn.yb[0], y) and (cb.partner != torch.arange(14)).any()
     assert torch.equal(learn.xb[0][y < 0], b.x[y < 0]) and (cb.partner[y < 0] == torch.arange(14)[y < 0]).all()
     res = learn.loss_func(pred, *learn.yb)
@@ -248,7 +253,8 @@ def test_the_losss_own_reduction(reduction):
     b, cb = batch(), StreamMixUp(streams='labeled')
     pred, loss = torch.randn(14, b.c), nn.CrossEntropyLoss(reduction=reduction)
     cb.learn = learn = stand_in((b.x,), (b.labels,), loss, cb)
-    cb.before_train(); cb.before_batch()
+    cb.before_train()
+    cb.before_batch()
     each = cb.lam*F.cross_entropy(pred, b.labels, reduction='none') + (1-cb.lam)*F.cross_entropy(pred, b.labels[cb.partner], reduction='none')
     torch.testing.assert_close(learn.loss_func(pred, *learn.yb), each.sum() if reduction == 'sum' else each)
     assert loss.reduction == reduction
@@ -259,7 +265,8 @@ def test_unlabeled_items_add_nothing_and_a_batch_without_labels_costs_nothing():
     for y, n in ((torch.tensor([0, -100, -100, 1]), 2), (torch.full((4,), -100), 0)):
         pred = torch.randn(4, 2, requires_grad=True)
         cb.learn = learn = stand_in((x,), (y,), CrossEntropyLossFlat(), cb)
-        cb.before_train(); cb.before_batch()
+        cb.before_train()
+        cb.before_batch()
         loss = learn.loss_func(pred, y)
         loss.backward()
         assert loss.isfinite() and (loss > 0) == (n > 0)
@@ -270,7 +277,9 @@ def test_float_targets_of_another_loss_are_mixed_themselves():
     x, y, cb = torch.randn(6, 3), torch.randint(2, (6, 5)).float(), StreamMixUp(streams='all')
     y[0] = 0  # a target like any other
     cb.learn = learn = stand_in((x,), (y,), nn.BCEWithLogitsLoss(), cb)
-    torch.manual_seed(1); cb.before_train(); cb.before_batch()
+    torch.manual_seed(1)
+    cb.before_train()
+    cb.before_batch()
     torch.testing.assert_close(learn.yb[0], cb.lam[:, None]*y + (1-cb.lam[:, None])*y[cb.partner])
     pred = torch.randn(6, 5)
     torch.testing.assert_close(learn.loss_func(pred, *learn.yb), nn.BCEWithLogitsLoss()(pred, learn.yb[0]))
@@ -513,8 +522,7 @@ REFUSED = [
     (short(StreamMixUp, 'labeled', extra=[StreamMixUp(streams='labeled')]), 'two callbacks that mix'),
     (short(StreamMixUp, 'labeled', more=[MixUp()]), 'two callbacks that mix'),
     (short(StreamMixUp, 'unlabeled', extra=[LPCallback(), MeanTeacherCallback()]), 'leave them out with Mean Teacher'),
-    (short(StreamCutMix, 'labeled', extra=[MeanTeacherCallback()]), 'leave them out with Mean Teacher'),
-]
+    (short(StreamCutMix, 'labeled', extra=[MeanTeacherCallback()]), 'leave them out with Mean Teacher')]
 
 
 @pytest.mark.parametrize('make, message', REFUSED, ids=[m for _, m in REFUSED])

@@ -71,7 +71,7 @@ def test_settings_reach_the_metadata():
 
 def test_every_import_is_declared():
     declared = {re.match(r'[\w-]+', o).group().lower() for o in requires('fastai_lp') if 'extra ==' not in o}
-    packages = {'sklearn': 'scikit-learn', 'faiss': 'faiss-gpu', 'fastcore': 'fastai', 'PIL': 'fastai'}  # fastai brings fastcore and Pillow
+    packages = dict(sklearn='scikit-learn', faiss='faiss-gpu', fastcore='fastai', PIL='fastai')  # fastai brings fastcore and Pillow
     for p in modules:
         for node in ast.walk(ast.parse(p.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []

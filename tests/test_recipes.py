@@ -104,7 +104,7 @@ def test_paper_settings():
 
 
 @pytest.mark.parametrize('changes', [dict(omega_norm='unlabeled'), dict(zeta_norm='classes'), dict(seeds='raw'), dict(k=3), dict(gamma=1.), dict(alpha=.5), dict(max_iter=1),
-                                     dict(augment_descriptors=True), dict(lr=.01), dict(momentum=.5), dict(wd=.1), dict(zero_at=1.), dict(l2=False), dict(bs=12), dict(bf16=True)])
+    dict(augment_descriptors=True), dict(lr=.01), dict(momentum=.5), dict(wd=.1), dict(zero_at=1.), dict(l2=False), dict(bs=12), dict(bf16=True)])
 def test_settings_reach_the_run(data, changes, tmp_path):
     a, b = (run_method(data, 'lp', replace(FEW, network='small', **o), tmp_path/str(i), device='cpu', bar=False) for i, o in enumerate(({}, changes)))
     assert figures(a) != figures(b)
@@ -119,8 +119,8 @@ def test_settings_of_mean_teacher_reach_the_run(data, changes, tmp_path):
 
 
 TRICKS = dict(soft=dict(soft=True), sharp=dict(temperature=.3, balance='align'), power=dict(omega_power=2.), even=dict(balance='sinkhorn', prior='uniform'), views=dict(unlabeled_views=2), ema=dict(ema=.9), augment=dict(augment=2),
-              thumbnail=dict(backbone='thumbnail'), beside=dict(backbone='thumbnail', beside=1.), k=dict(k=3), mutual=dict(symmetry='mutual'), local=dict(local=3), poisson=dict(labeler='poisson'), mixup=dict(mix='mixup unlabeled'),
-              cutmix=dict(mix='cutmix each'), steps=dict(steps=2), strong=dict(strong_tfms=True), milder=dict(strong_tfms=dict(degrees=1., cutout=0)))
+    thumbnail=dict(backbone='thumbnail'), beside=dict(backbone='thumbnail', beside=1.), k=dict(k=3), mutual=dict(symmetry='mutual'), local=dict(local=3), poisson=dict(labeler='poisson'), mixup=dict(mix='mixup unlabeled'),
+    cutmix=dict(mix='cutmix each'), steps=dict(steps=2), strong=dict(strong_tfms=True), milder=dict(strong_tfms=dict(degrees=1., cutout=0)))
 
 
 @pytest.mark.parametrize('tricks', TRICKS)
@@ -217,7 +217,7 @@ def test_label_lists(cifar_like, tmp_path):
     "As the paper's authors publish their splits: a file for each, `NAME LABEL` per line"
     for split, first in ((10, 0), (11, 10)): (tmp_path/f'{split}.txt').write_text(''.join(f'{i} class{i % 10}\n' for i in range(first, first+20)))
     def call(splits, split): return subprocess.run([Path(sys.executable).with_name('lp_train'), 'cifar10', '--labels', '20', '--data', cifar_like, '--methods', 'diffusion',
-                                                    '--splits', splits, '--split', split, '--out', tmp_path], capture_output=True, text=True)
+        '--splits', splits, '--split', split, '--out', tmp_path], capture_output=True, text=True)
     res = call(f'{tmp_path}/{{split}}.txt', '10-11')
     assert res.returncode == 0 and names(tmp_path) == ['cifar10-20-split10', 'cifar10-20-split11'], res.stderr
     (tmp_path/'12.txt').write_text('0 class0\n')

@@ -31,8 +31,8 @@ def fake(method='lp', seed=10, error=.3, labels=500, dataset='cifar10', items=50
     "A line of `lp_train`, its numbers made up"
     teacher = {} if teacher is None else dict(teacher_error_rate=teacher, teacher_top5_error=teacher/10)
     return dict(dataset=dataset, name=f"{dataset}{'' if items == 50000 or dataset == 'digits' else f'_{items}'}-{labels}-{kind}{seed}", method=method, seed=seed, labels=labels, items=items, data=data,
-                n_train=None if items == 50000 or dataset == 'digits' else items, n_test=n_test, recipe=asdict(replace(RECIPES[dataset], **changes).of(method)), environment={},
-                splits='splits.npz' if kind == 'split' else None, error_rate=error, top5_error=error/2, stages=[], history=list(history), kept=list(kept), seconds={}, **teacher)
+        n_train=None if items == 50000 or dataset == 'digits' else items, n_test=n_test, recipe=asdict(replace(RECIPES[dataset], **changes).of(method)), environment={},
+        splits='splits.npz' if kind == 'split' else None, error_rate=error, top5_error=error/2, stages=[], history=list(history), kept=list(kept), seconds={}, **teacher)
 
 
 def write(folder, *runs):
@@ -82,7 +82,7 @@ def test_ablation_rows(tmp_path):
 
 
 @pytest.mark.parametrize('changes, told', [(dict(items=2000), '2,000 training images'), (dict(stage1=20, stage2=20), '20 + 20 epochs'), (dict(stage2=20), '180 + 20 epochs'),
-                                           (dict(network='small'), 'network small'), (dict(n_test=1000), '1,000 test images'), (dict(lr=.1), 'lr 0.1'), (dict(labels=250), '250 labels')])
+    (dict(network='small'), 'network small'), (dict(n_test=1000), '1,000 test images'), (dict(lr=.1), 'lr 0.1'), (dict(labels=250), '250 labels')])
 def test_other_experiments_never_stand_beside_the_paper(tmp_path, changes, told):
     runs = write(tmp_path, *[fake(m, s, .77, **changes) for m in ('supervised', 'lp') for s in (10, 11)])
     text = tables(runs)
@@ -146,8 +146,7 @@ def test_no_results(tmp_path):
 
 
 def test_commands(tmp_path):
-    def call(command, *args):
-        return subprocess.run([Path(sys.executable).with_name(command), *args], capture_output=True, text=True)
+    def call(command, *args): return subprocess.run([Path(sys.executable).with_name(command), *args], capture_output=True, text=True)
     (tmp_path/'results').mkdir()
     runs = write(tmp_path/'results', fake(error=.3))
     res = call('lp_tables', tmp_path/'results', '--out', tmp_path/'tables.md')

@@ -27,7 +27,7 @@ class Stop(Callback):
 
 TORCH_SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
 CBS = dict(none=lambda: [], lp=lambda: [LPCallback(warmup=1)], every=lambda: [LPCallback(every=3)], mt=lambda: [MeanTeacherCallback()],
-           both=lambda: [LPCallback(warmup=2), MeanTeacherCallback()], warm=lambda: [LPCallback(refresh='auto', min_recall=.8, warm_start=True)])
+    both=lambda: [LPCallback(warmup=2), MeanTeacherCallback()], warm=lambda: [LPCallback(refresh='auto', min_recall=.8, warm_start=True)])
 
 
 def run(cbs, path, extra=(), opt=None, seed=0, workers=0, epochs=5, data=None):
@@ -113,7 +113,7 @@ def test_trackers_and_loggers(tmp_path):
 
 
 @pytest.mark.parametrize('change, match', [(dict(epochs=6), 'epochs 5 there, 6 here'), (dict(cbs='lp'), 'callbacks'), (dict(data=blobs(per_class=5)), 'labels'),
-                                           (dict(data=blobs(n=160)), 'items 120 there, 130 here'), (dict(data=blobs(d=9)), 'parameters')])
+    (dict(data=blobs(n=160)), 'items 120 there, 130 here'), (dict(data=blobs(d=9)), 'parameters')])
 def test_another_fit_is_refused(change, match, tmp_path):
     run('both', tmp_path, [ResumeCallback(tmp_path/'run.pth')])
     with pytest.raises(ValueError, match=f'is of another fit.*{match}'): run(**(dict(cbs='both', path=tmp_path, extra=[ResumeCallback(tmp_path/'run.pth')]) | change))

@@ -14,7 +14,7 @@ from fastai_lp.transductive.graph import affinity, normalize
 from fastai_lp.transductive.labelers import GTG, Diffusion
 from fastai_lp.transductive.advice import advice
 from fastai_lp.transductive.pseudo import propagate
-from fastai_lp.transductive.neighbors import EXACT_UP_TO, _exact_faiss, _exact_torch, _found, as_rows, index_for, knn, knn_recall, rescored, unit_rows
+from fastai_lp.transductive.neighbors import EXACT_UP_TO, _exact_faiss, _exact_torch, _found, as_rows, index_for, knn, knn_recall, unit_rows
 from fastai_lp.transductive.warm import Neighbors
 from fastai_lp.utils.progress import reporting, share_of, shared
 
@@ -26,7 +26,7 @@ def brute(x, k): return (x@x.T).fill_diagonal_(-torch.inf).topk(k)
 
 
 @pytest.mark.parametrize('search', [_exact_faiss, lambda x, k, rows: _exact_torch(x, k, rows, 1), lambda x, k, rows: _exact_torch(x, k, rows, 4*97*31), lambda x, k, rows: _exact_torch(x, k, rows, 2**28)],
-                         ids=['faiss', 'torch, 1 byte', 'torch, blocks', 'torch'])
+    ids=['faiss', 'torch, 1 byte', 'torch, blocks', 'torch'])
 @pytest.mark.parametrize('rows', [torch.arange(97), torch.arange(40, 53), torch.tensor([0, 3, 4, 96])], ids=len)
 def test_any_rows_by_any_engine(search, rows):
     x = points(97)
@@ -174,8 +174,7 @@ def test_labelers_remember():
 def test_scores_of_the_last_epoch_as_a_start():
     y = torch.where(torch.arange(2000) < 60, torch.arange(2000) % 20, -1)
     cold, warm = Diffusion(k=10, max_iter=5), Diffusion(k=10, max_iter=5, warm_start=True)
-    for x in moving(3):
-        a, b = (o(x, torch.zeros(2000, 20), y) for o in (cold, warm))
+    for x in moving(3): a, b = (o(x, torch.zeros(2000, 20), y) for o in (cold, warm))
     assert b.residual < .5*a.residual
     assert torch.equal(Diffusion(k=10, max_iter=5)(x, torch.zeros(2000, 20), y).Z, a.Z)  # and without it nothing is kept
     with pytest.raises(ValueError, match='keep_Z'): Diffusion(warm_start=True, keep_Z=False)
@@ -194,11 +193,11 @@ def test_work_is_reported():
 @pytest.mark.parametrize('index', ['Flat', 'HNSW32'])
 def test_ctrl_c_stops_a_search(index):
     code = ("import os, signal, threading, torch; from fastai_lp.transductive.neighbors import knn\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background has it ignored\n"
-            "x = torch.randn(60_000, 64)\n"
-            "threading.Timer(.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
-            f"try: knn(x, 20, index='{index}'); print('went on')\n"
-            "except KeyboardInterrupt: print('stopped')")
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background has it ignored\n"
+        "x = torch.randn(60_000, 64)\n"
+        "threading.Timer(.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+        f"try: knn(x, 20, index='{index}'); print('went on')\n"
+        "except KeyboardInterrupt: print('stopped')")
     res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert res.stdout.strip() == 'stopped', res.stderr
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import *
-from fastai.data.core import Datasets, DataLoaders
-from fastai.data.transforms import IntToFloatTensor, Normalize
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import Normalize
 from fastai.torch_basics import DisplayedTransform
 from fastai.torch_core import TensorCategory, set_seed
-from fastai.vision.core import TensorImage, TensorImageBW
+from fastai.vision.core import TensorImage
 
 from conftest import blob_learner, blobs, flat_weights
 from fastai_lp.experiments.batches import image_dls
@@ -34,8 +34,7 @@ class Seen(Callback):
     def before_batch(self): self.batches.append((self.training, self.learn.xb[0].clone(), self.learn.yb[0].clone()))
 
 
-def image_batch(n=40, c=3, size=16, seed=0):
-    return TensorImage(torch.rand(n, c, size, size, generator=torch.Generator().manual_seed(seed)))
+def image_batch(n=40, c=3, size=16, seed=0): return TensorImage(torch.rand(n, c, size, size, generator=torch.Generator().manual_seed(seed)))
 
 
 # The transforms

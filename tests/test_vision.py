@@ -85,7 +85,7 @@ def test_imagewang_layout(tmp_path):
 def test_folder_to_exported_model(folder, workers, graphs, tmp_path):
     set_seed(0, reproducible=True)
     dls = SemiImageDataLoaders.from_folder(folder, unlabeled='unsup', item_tfms=Resize(32), batch_tfms=aug_transforms(size=32),
-                                           bs=16, num_workers=workers, device='cpu')
+        bs=16, num_workers=workers, device='cpu')
     assert isinstance(dls.train, TwoStream) and (dls.train.targets < 0).sum() == 120 and (targets_of(dls.valid) >= 0).all()
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
     learn.path = tmp_path

@@ -180,7 +180,7 @@ def image_dls(
     tfms = [*listify(augmentations[augment] if isinstance(augment, str) else augment), IntToFloatTensor(), Normalize.from_stats(data.mean, data.std, cuda=False)]
     train, valid = (ImageTable(images, y, o, data.vocab, split_idx, data.crop) for split_idx, o in enumerate((rows, data.test)))
     dls = DataLoaders(ImageTableDL(train, bs=min(bs, len(train)), shuffle=True, drop_last=True, after_batch=tfms),
-                      ImageTableDL(valid, bs=bs, after_batch=tfms), device=device)
+        ImageTableDL(valid, bs=bs, after_batch=tfms), device=device)
     return dls if labeled_only else semi_dls(dls, labeled_bs)
 
 # %% ../../nbs/experiments/03_batches.ipynb #ff7f34e9

@@ -51,9 +51,9 @@ def summarize(
     "Mean and standard error over splits of test error and pseudo-label accuracy, both in [0, 1]; median seconds of a run"
     def mean_se(v): return [float(np.mean(v)), float(np.std(v, ddof=1)/np.sqrt(len(v))) if len(v) > 1 else None] if v else None
     return [dict(row=row, runs=len(some), error=mean_se([test_error(r) for r in some]),
-                 pseudo_accuracy=mean_se([r['history'][-1]['accuracy'] for r in some if r['history']]),
-                 seconds=float(np.median([sum(r['seconds'].values()) for r in some])))
-            for row, some in _rows(runs).items()]
+        pseudo_accuracy=mean_se([r['history'][-1]['accuracy'] for r in some if r['history']]),
+        seconds=float(np.median([sum(r['seconds'].values()) for r in some])))
+        for row, some in _rows(runs).items()]
 
 
 def to_markdown(
@@ -145,7 +145,7 @@ def run_experiment(
         for method in methods:
             bar.comment = file_name(name, method, recipe)
             runs.append(dict(dataset=dataset, data=None if data is None else str(data), splits=None if split_file is None else str(split_file), n_train=n_train, n_test=n_test,
-                             **run_method(shown[split], method, recipe, out, name, split, device=device, bar=False, report=report)))
+                **run_method(shown[split], method, recipe, out, name, split, device=device, bar=False, report=report)))
             _record(out/f'{dataset}.jsonl', runs[-1])
     runs.sort(key=lambda r: methods.index(r['method']))
     return runs

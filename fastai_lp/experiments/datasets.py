@@ -66,7 +66,7 @@ class ImageArrays:
 
     def __repr__(self):
         return (f"ImageArrays({'×'.join(map(str, self.images.shape[1:]))}, {self.n_classes} classes; {len(self.train)} training items, "
-                f"{(self.shown >= 0).sum()} labeled; {len(self.test)} test items)")
+            f"{(self.shown >= 0).sum()} labeled; {len(self.test)} test items)")
 
 
 def _channel_stats(images, idxs):
@@ -114,8 +114,8 @@ def digits_dls(
     def dataloaders(train):
         items = [int(i) for i in train] + d.test.tolist()
         block = DataBlock(blocks=(TransformBlock, SemiCategoryBlock(vocab=range(d.n_classes))), get_x=Rows(d.images, TensorImageBW),
-                          get_y=Rows(labels), splitter=IndexSplitter(range(len(train), len(items))),
-                          batch_tfms=[AffineCoordTfm([augment or RandomAffine()], pad_mode=PadMode.Border)])
+            get_y=Rows(labels), splitter=IndexSplitter(range(len(train), len(items))),
+            batch_tfms=[AffineCoordTfm([augment or RandomAffine()], pad_mode=PadMode.Border)])
         return block.dataloaders(items, bs=bs, num_workers=0, device=device)
     semi = semi_dls(dataloaders(d.train), labeled_bs)
     return dataloaders(np.resize(d.train[d.shown >= 0], len(semi.train)*bs)) if labeled_only else semi
@@ -251,7 +251,7 @@ def _image_arrays(parts, counts, vocab, size, path, cache, seed, crop=False, **f
     truth, names = np.concatenate([p.labels for p in parts])[wanted], [o for p in parts for o in p.names]
     n_train = len(wanted)-len(picked[-1])
     return ImageArrays(images, truth, np.arange(n_train), np.arange(n_train, len(wanted)), vocab=vocab, names=[names[i] for i in wanted],
-                       ids=wanted[:n_train], crop=crop, **fields)
+        ids=wanted[:n_train], crop=crop, **fields)
 
 # %% ../../nbs/experiments/02_datasets.ipynb #20e3adcf
 cifar_stats = dict(mean=(.4914, .4822, .4465), std=(.2470, .2435, .2616))  # the authors' for both sets
@@ -369,7 +369,7 @@ def _positions_of(idxs, data):
     where = {int(o): i for i, o in enumerate(data.ids)}
     if unknown := [int(o) for o in idxs if int(o) not in where]:
         raise ValueError(f"{len(unknown)} indices are not in the training set, first {unknown[:5]}: it has {len(where)} items, 0 to {max(where)}" +
-                         ("" if max(where)+1 == len(where) else ", of which a part was read; read all of it"))
+            ("" if max(where)+1 == len(where) else ", of which a part was read; read all of it"))
     where = np.array([where[int(o)] for o in idxs], dtype=int)
     if (data.truth[data.train[where]] < 0).any(): raise ValueError("some of the indices are of images whose class nobody knows")
     return where
@@ -396,7 +396,7 @@ def mini_imagenet(
     vocab = sorted(set(classes))
     parts = [_part([files[i] for i in idxs], [classes[i] for i in idxs], vocab, what) for idxs in split]
     return _image_arrays(parts, dict(n_train=n_train, n_test=n_test), vocab, size, path, cache, seed, crop, augment='mini_imagenet',
-                         mean=tuple(o/255 for o in (120.4, 115.6, 104.5)), std=tuple(o/255 for o in (70.7, 68.3, 72.5)))
+        mean=tuple(o/255 for o in (120.4, 115.6, 104.5)), std=tuple(o/255 for o in (70.7, 68.3, 72.5)))
 
 
 def _given_split(path, files, classes):

@@ -112,7 +112,7 @@ def _chosen(runs, row, dataset, labels, enough, what):
     "The runs of a row, of one experiment with one number of labels, that have enough for a figure"
     some = [r for r in runs if row_name(r) == row and dataset in (None, r['dataset']) and labels in (None, r['labels']) and enough(r)]
     if not some: raise Lacking(f"no run of {row}{f' on {dataset}' if dataset else ''}{f' with {labels} labels' if labels else ''} {what}; "
-                                  f"lp_train {dataset or 'cifar10'}{f' --labels {labels}' if labels else ''} --methods {row} makes one")
+        f"lp_train {dataset or 'cifar10'}{f' --labels {labels}' if labels else ''} --methods {row} makes one")
     return grouped(some, experiment, lambda r: r['labels'], settings)[0]
 
 

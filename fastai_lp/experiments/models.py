@@ -25,7 +25,7 @@ def small_convnet(
 )->nn.Sequential:
     "A convolutional network for images from 8×8 pixels up"
     return nn.Sequential(_conv(n_in, width, stride), _conv(width, width), nn.MaxPool2d(2), _conv(width, 2*width), _conv(2*width, 2*width),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), (L2Linear if l2 else nn.Linear)(2*width, n_classes))
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), (L2Linear if l2 else nn.Linear)(2*width, n_classes))
 
 # %% ../../nbs/experiments/01_models.ipynb #5cdd4c98
 class _WeightNorm:
@@ -95,7 +95,7 @@ class ConvNet13(TwoHeads):
         n_in:int=3, # channels of the images
     ):
         body = nn.Sequential(*_stage(n_in, 128), *_stage(128, 256), _wn_conv(256, 512), _wn_conv(512, 256, 1), _wn_conv(256, 128, 1),
-                             nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            nn.AdaptiveAvgPool2d(1), nn.Flatten())
         super().__init__(body, 128, n_classes, l2, dual, weight_norm=True)
 
 # %% ../../nbs/experiments/01_models.ipynb #5ac99250

@@ -75,7 +75,7 @@ METHODS = 'supervised', 'network', 'gtg', 'lp', 'strong', 'mt', 'mt+lp', 'diffus
 _digits_lr = dict(supervised=3e-3, network=3e-4, gtg=1e-2, lp=1e-2, strong=1e-2, mt=3e-2, **{'mt+lp': 3e-2, 'diffusion': 0.})
 RECIPES = dict(
     digits=Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=_digits_lr, wd=.01, bs=64, labeled_bs=32, stage1=5, stage2=15,
-                  baselines_go_on=True, k=None, threads=1),
+        baselines_go_on=True, k=None, threads=1),
     cifar10=Recipe(),
     cifar100=Recipe(lr=.2, bs=128, labeled_bs=31),
     mini_imagenet=Recipe('resnet18', lr=.2, bs=128, labeled_bs=31))
@@ -90,7 +90,7 @@ def cosine(
 
 
 OF_STAGE2 = ('stage2', 'baselines_go_on', 'k', 'gamma', 'alpha', 'max_iter', 'tol', 'seeds', 'omega', 'omega_norm', 'zeta', 'zeta_norm',
-           'augment_descriptors', 'fresh_teacher', 'tricks')  # settings that the first stage knows nothing of
+    'augment_descriptors', 'fresh_teacher', 'tricks')  # settings that the first stage knows nothing of
 
 
 def _cosine(lr, zero_at, p): return lr*(1+math.cos(math.pi*p/zero_at))/2

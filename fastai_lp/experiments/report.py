@@ -31,11 +31,10 @@ PAPER = {  # error in %: mean and standard deviation over splits (Tables 1 to 3 
     ('mini_imagenet', 'error_rate', 4000): {'supervised': (74.78, .33), 'lp': (70.29, .81), 'mt': (72.51, .22), 'mt+lp': (72.78, .15)},
     ('mini_imagenet', 'error_rate', 10000): {'supervised': (60.25, .29), 'lp': (57.58, 1.47), 'mt': (57.55, 1.11), 'mt+lp': (57.35, 1.66)},
     ('mini_imagenet', 'top5_error', 4000): {'supervised': (53.07, .68), 'lp': (47.58, .94), 'mt': (49.35, .22), 'mt+lp': (50.52, .39)},
-    ('mini_imagenet', 'top5_error', 10000): {'supervised': (38.28, .38), 'lp': (36.14, 2.19), 'mt': (32.51, 1.31), 'mt+lp': (31.99, .55)},
-}
+    ('mini_imagenet', 'top5_error', 10000): {'supervised': (38.28, .38), 'lp': (36.14, 2.19), 'mt': (32.51, 1.31), 'mt+lp': (31.99, .55)}}
 NAMES = dict(digits='Digits', cifar10='CIFAR-10', cifar100='CIFAR-100', mini_imagenet='Mini-ImageNet')
 LONG = {'supervised': 'fully supervised', 'network': 'network prediction', 'gtg': 'GTG', 'lp': 'diffusion (ours)', 'mt': 'Mean Teacher', 'mt+lp': 'Mean Teacher + diffusion',
-        'diffusion': 'diffusion, no network'}
+    'diffusion': 'diffusion, no network'}
 
 # %% ../../nbs/experiments/07_report.ipynb #4029177e
 _TOLD = 'bf16', 'channels_last', 'threads', 'augment_descriptors', 'fresh_teacher'  # may differ from the paper's: how it is computed, and what the authors' program does
@@ -153,13 +152,13 @@ def tables(
     "The paper's Tables 1 to 3 and, below them, a table for each other experiment, as Markdown"
     ours, kinds = [r for r in runs if as_paper(r)], {'error_rate': 'top-1', 'top5_error': 'top-5'}
     ablation = {'lp, ω = ζ = 1': ('diffusion', '', ''), 'lp, ω = 1': ('diffusion', '', '✓'), 'lp, ζ = 1': ('diffusion', '✓', ''), 'lp': ('diffusion', '✓', '✓'),
-                'gtg': ('GTG', '✓', '✓'), 'network': ('network', '✓', '✓')}
+        'gtg': ('GTG', '✓', '✓'), 'network': ('network', '✓', '✓')}
     methods = {o: [LONG[o]] for o in ('supervised', 'network', 'lp', 'mt', 'mt+lp')}
     three = {c: f"{NAMES[c[0]]}{f' {kinds[c[1]]}' if c[0] == 'mini_imagenet' else ''}, {c[2]} labels" for c in PAPER if c[0] != 'cifar10'}
     out = ["Test error in %: mean ± standard deviation over splits (number of runs) [note]; paper: Iscen et al., 2019. Mean Teacher's error is that of the teacher.",
-           _table('Table 1. CIFAR-10, 500 labels: the weights, and ways of pseudo-labeling', ['pseudo-labels', 'ω', 'ζ'], ablation, {('cifar10', 'error_rate', 500): 'error'}, ours),
-           _table('Table 2. CIFAR-10', ['method'], methods, {c: f'{c[2]} labels' for c in PAPER if c[0] == 'cifar10'}, ours),
-           _table('Table 3. CIFAR-100 and Mini-ImageNet', ['method'], {k: v for k, v in methods.items() if k != 'network'}, three, ours)]
+        _table('Table 1. CIFAR-10, 500 labels: the weights, and ways of pseudo-labeling', ['pseudo-labels', 'ω', 'ζ'], ablation, {('cifar10', 'error_rate', 500): 'error'}, ours),
+        _table('Table 2. CIFAR-10', ['method'], methods, {c: f'{c[2]} labels' for c in PAPER if c[0] == 'cifar10'}, ours),
+        _table('Table 3. CIFAR-100 and Mini-ImageNet', ['method'], {k: v for k, v in methods.items() if k != 'network'}, three, ours)]
     others = grouped([r for r in runs if not as_paper(r) or row_name(r) not in PAPER.get((r['dataset'], 'error_rate', r['labels']), ())], experiment)
     if others: out.append('## Other experiments\n\nNone of these belongs in the tables above: each title says what was run.')
     for some in others:

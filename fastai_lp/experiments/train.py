@@ -110,7 +110,7 @@ def environment(
     "Versions, and the device's name, for the record of a run"
     device = torch.device(device)
     return dict(python=platform.python_version(), device=torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine(),
-                **{o: version(o) for o in ('fastai_lp', 'fastai', 'torch', 'numpy', 'scikit-learn')})
+        **{o: version(o) for o in ('fastai_lp', 'fastai', 'torch', 'numpy', 'scikit-learn')})
 
 
 def _digest(data):
@@ -150,7 +150,7 @@ def _train(data, method, recipe, out, name, seed, keep, device, bar, report, sha
     dls = partial(image_dls if data.images.dtype == torch.uint8 else digits_dls, data, recipe.bs, recipe.labeled_bs, device=device)
     set_seed(seed)
     learn = Learner(dls(labeled_only=not mt), _network(recipe, data, mt), opt_func=_optimizer(recipe), cbs=[watch, LossOnDevice()],
-                    metrics=[error_rate, top5_error, ValueMetric(watch.sec, 'sec')])
+        metrics=[error_rate, top5_error, ValueMetric(watch.sec, 'sec')])
     if recipe.bf16: learn.add_cb(_BFloat16())
     if recipe.channels_last: learn.add_cb(ChannelsLast())
     if not bar:
@@ -188,4 +188,4 @@ def _spread_pixels(data):
     right = (model.transduction_ == truth[data.train])[(data.shown < 0) & (truth[data.train] >= 0)]
     p, targ = torch.as_tensor(model.predict_proba(x[data.test])), torch.as_tensor(truth[data.test])
     return dict(error_rate=(p.argmax(1) != targ).float().mean().item(), top5_error=top5_error(p, targ).item(), stages=[],
-                history=[dict(epoch=0, accuracy=right.mean().item(), network_accuracy=None)], kept=[], seconds=dict(spread=time.perf_counter()-start))
+        history=[dict(epoch=0, accuracy=right.mean().item(), network_accuracy=None)], kept=[], seconds=dict(spread=time.perf_counter()-start))

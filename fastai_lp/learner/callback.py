@@ -69,8 +69,8 @@ class LPCallback(FitScoped):
         if labeler is not None and graph: raise ValueError(f"labeler= has settings of its own: pass {', '.join(graph)} to it, not to LPCallback")
         if warmup < 0 or every < 1: raise ValueError(f"warmup={warmup}, every={every}: expected warmup >= 0 and every >= 1 epochs")
         for name, value, ok, expected in (('steps', steps, steps is None or steps >= 1, 'None or at least 1 training step'),
-                                          ('unlabeled_views', unlabeled_views, unlabeled_views >= 1, 'at least 1'), ('min_labeled', min_labeled, min_labeled >= 0, '0 or more items'),
-                                          ('augment', augment, augment >= 0, '0 or more views'), ('mixup', mixup, mixup in (None, False) or mixup > 0, 'None, True, or a number above 0'), ('ema', ema, ema is None or 0 <= ema < 1, 'None, or a decay in [0, 1)')):
+            ('unlabeled_views', unlabeled_views, unlabeled_views >= 1, 'at least 1'), ('min_labeled', min_labeled, min_labeled >= 0, '0 or more items'),
+            ('augment', augment, augment >= 0, '0 or more views'), ('mixup', mixup, mixup in (None, False) or mixup > 0, 'None, True, or a number above 0'), ('ema', ema, ema is None or 0 <= ema < 1, 'None, or a decay in [0, 1)')):
             if not ok: raise ValueError(f"{name}={value!r}: expected {expected}")
         if beside is not None and (backbone is None or beside < 0): raise ValueError(f"beside={beside!r} is the weight of a backbone's descriptor: expected backbone= and 0 or more")
         if backbone is not None and beside is None and layer is not None: raise ValueError("layer= is a place in the trained network, backbone= is another network: choose one")
@@ -172,15 +172,15 @@ class LPCallback(FitScoped):
         with work_shared(fit.rank, fit.world):
             model = self._averaged() if self.ema is not None else None
             with fit.plain(): found = extract_features(self.learn, self._layer(model), augment=self.augment, max_bytes=self.max_bytes, model=model, backbone=self.backbone,
-                                                  beside=None if self.beside is None else self.beside*(1-self.epoch/self.n_epoch), **bar)
+                beside=None if self.beside is None else self.beside*(1-self.epoch/self.n_epoch), **bar)
             extracted = time.perf_counter()
             if found.logits.shape[1] != self.dls.c:
                 raise ValueError(f"the model has {found.logits.shape[1]} outputs and the data {self.dls.c} classes: expected one output per class")
             with _bars(**bar), memory_advice(*found.feats.shape, self.dls.c, self.labeler): pseudo = self.labeler(found.feats, found.logits, fit.y)
         if fit.world > 1: pseudo = replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k != 'W'})  # the graph is of gathered neighbours
         row = dict(epoch=fit.epoch, **({'step': fit.step} if self.steps else {}), accuracy=None, network_accuracy=None, certainty=pseudo.certainty[~pseudo.labeled].mean().item(),
-                   reached=pseudo.reached.float().mean().item(), residual=pseudo.residual, n_iter=pseudo.n_iter,
-                   sec=time.perf_counter()-start, seconds=dict(features=extracted-start, **pseudo.seconds), **pseudo.graph)
+            reached=pseudo.reached.float().mean().item(), residual=pseudo.residual, n_iter=pseudo.n_iter,
+            sec=time.perf_counter()-start, seconds=dict(features=extracted-start, **pseudo.seconds), **pseudo.graph)
         if fit.truth is not None:
             asked = (fit.y < 0) & (fit.truth >= 0)
             row.update(accuracy=pseudo.accuracy(fit.truth), network_accuracy=(found.logits.argmax(1) == fit.truth)[asked].float().mean().item())
@@ -272,14 +272,14 @@ class LPCallback(FitScoped):
         if not self._made_for_images or self._fit.wrong.get('images') or any(isinstance(o, TensorImage) for o in self.learn.xb): return
         self._fit.wrong['images'] = True
         if self._fit.rank == 0: warnings.warn(f"LPCallback: strong_tfms=True is for images, and the inputs are {', '.join(type(o).__name__ for o in self.learn.xb)}: they stay as they are. "
-                                              "Pass transforms of such a batch, or strong_tfms=None to say that there are none")
+            "Pass transforms of such a batch, or strong_tfms=None to say that there are none")
 
     def _in_step(self):
         if self._fit.mismatch is not None and self._fit.mismatch.item(): self._out_of_step()
 
     def _out_of_step(self):
         raise ValueError("the batches do not hold the items that the epoch's order names: items that skip themselves, or a DataLoader that "
-                         "does not follow get_idxs, cannot be matched with their pseudo-labels")
+            "does not follow get_idxs, cannot be matched with their pseudo-labels")
 
     def after_loss(self):
         "The label or pseudo-label as an integer, for metrics of the training set"

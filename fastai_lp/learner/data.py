@@ -58,7 +58,7 @@ class SemiCategorize(Categorize):
         try: return TensorCategory(self.vocab.o2i[o])
         except KeyError as e:
             raise KeyError(f"label {o!r} is not in the vocab {list(self.vocab)[:10]}: it comes from the labeled training items; "
-                           "pass vocab= to name all classes") from e
+                "pass vocab= to name all classes") from e
 
     def decodes(self, o): return Category('?') if o < 0 else Category(self.vocab[int(o)])
 
@@ -163,7 +163,7 @@ class LabeledOnlySplitter:
         else:
             rng = random.Random(self.seed)
             valid = {i for idxs in _by_class(labels).values()
-                     for i in rng.sample(idxs, min(round(self.valid_pct*len(idxs)), len(idxs)-1))}
+                for i in rng.sample(idxs, min(round(self.valid_pct*len(idxs)), len(idxs)-1))}
         if not valid and self.valid_pct > 0: warnings.warn(f"no validation item: {len(labeled)} labeled items are too few to set any aside")
         return L(i for i in range(len(labels)) if i not in valid), L(sorted(valid))
 
@@ -183,8 +183,7 @@ def targets_of(
     return y.long().clamp(min=-1)
 
 
-def _target(o):
-    return o.item() if isinstance(o, (torch.Tensor, np.generic)) and o.ndim == 0 else o
+def _target(o): return o.item() if isinstance(o, (torch.Tensor, np.generic)) and o.ndim == 0 else o
 
 # %% ../../nbs/learner/02_data.ipynb #2d4a6c0c
 class TwoStream:
@@ -277,8 +276,7 @@ class TwoStream:
     def new(self, dataset=None, cls=None, **kwargs):
         kwargs.setdefault('bs', self.own_bs)
         shuffle = kwargs.get('shuffle', kwargs.get('shuffled', self.shuffle))  # fastai's tta writes shuffled
-        if (dataset is None or dataset is self.dataset) and shuffle:
-            kwargs = dict(labeled_bs=self._given_bs, targets=self.targets) | kwargs
+        if (dataset is None or dataset is self.dataset) and shuffle: kwargs = dict(labeled_bs=self._given_bs, targets=self.targets) | kwargs
         elif cls is None: cls = self._base
         return super().new(dataset=dataset, cls=cls, **kwargs)
 
@@ -286,7 +284,7 @@ class TwoStream:
 
 
 _how_to_unlabel = ("leave the labels of the others missing and build the data with SemiCategoryBlock, or use "
-                   "SemiImageDataLoaders.from_folder(path, unlabeled='unsup')")
+    "SemiImageDataLoaders.from_folder(path, unlabeled='unsup')")
 
 
 def _in_turn(b):

@@ -37,7 +37,7 @@ def find_classifier(
     match = [m for m in linear if m.out_features == n_classes]
     if match: return match[-1]
     raise ValueError(f"no nn.Linear with {n_classes} outputs, one per class, in {type(model).__name__} (its linear layers have "
-                     f"{[m.out_features for m in linear][-5:]} outputs): pass layer=, the module whose output is the descriptor, or its name")
+        f"{[m.out_features for m in linear][-5:]} outputs): pass layer=, the module whose output is the descriptor, or its name")
 
 # %% ../../nbs/learner/08_features.ipynb #56100db7
 _pools = AdaptiveConcatPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d
@@ -160,7 +160,7 @@ def _read(batches, ds, own, bs):
             items, first = getattr(ds, 'items', None), broken[0][0]
             name = f' ({items[first]})' if isinstance(items, (list, L)) and isinstance(items[first], (str, Path)) else ''
             raise ValueError(f"item(s) {', '.join(str(i) for i, _ in broken[:10])} of the training data cannot be read, the first{name} because of {type(broken[0][1]).__name__}: {broken[0][1]}. "
-                             "Later items were not looked at: for image files, fastai's verify_images(get_image_files(path)) lists all that are broken; remove or replace them") from e
+                "Later items were not looked at: for image files, fastai's verify_images(get_image_files(path)) lists all that are broken; remove or replace them") from e
         done += bs
         yield b
 
@@ -257,10 +257,10 @@ def extract_features(
     feats, logits = gathered(feats, logits)
     if done != len(idxs) or sorted(idxs) != list(range(len(dl.dataset))):
         raise ValueError(f"{done} of {len(dl.dataset)} items came out of the training data: items that skip themselves, or a DataLoader "
-                         "that does not follow get_idxs, cannot be matched with their pseudo-labels; remove the broken items first")
+            "that does not follow get_idxs, cannot be matched with their pseudo-labels; remove the broken items first")
     if idxs != sorted(idxs): feats, logits = (o[torch.tensor(idxs).argsort()] for o in (feats, logits))
     for name, o in (('features', feats), ('predictions', logits)):
         if bad := rows_not_finite(o):
             raise ValueError(f"{name} of item(s) {bad} are NaN or infinite: look at these items of the training data, "
-                             "or lower the learning rate if training has diverged")
+                "or lower the learning rate if training has diverged")
     return Features(feats, logits)

@@ -70,7 +70,7 @@ class SemiImageDataLoaders(ImageDataLoaders):
             a, b = len(labeled), len(labeled) + len(held_out)
             return L(range(a)) + L(range(b, len(items))), L(range(a, b))
         return cls._semi(items, path, get_y=get_y, splitter=splitter, vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms,
-                         img_cls=img_cls, **kwargs)
+            img_cls=img_cls, **kwargs)
 
     @classmethod
     @delegates(DataBlock.semi_dataloaders)
@@ -97,7 +97,7 @@ class SemiImageDataLoaders(ImageDataLoaders):
         pref = Path(path) if folder is None else Path(path)/folder
         splitter = LabeledOnlySplitter(label_col, valid_pct, seed) if valid_col is None else ColSplitter(valid_col)
         return cls._semi(df, path, get_x=ColReader(fn_col, pref=f'{pref}/', suff=suff), get_y=ColReader(label_col), splitter=splitter,
-                         vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
+            vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
     @classmethod
     def from_csv(cls,

@@ -49,7 +49,7 @@ class PseudoLabelLoss:
         elif isinstance(func, LabelSmoothingCrossEntropy): self.eps = func.eps
         elif func is F.cross_entropy: self.eps = 0.
         else: raise ValueError(f"the loss is {base!r}: pseudo-labels need cross-entropy; use CrossEntropyLossFlat(), "
-                               "LabelSmoothingCrossEntropyFlat() or torch's cross-entropy as loss_func")
+            "LabelSmoothingCrossEntropyFlat() or torch's cross-entropy as loss_func")
         functools.update_wrapper(self, base, updated=())
         self._func = func
 
@@ -58,7 +58,7 @@ class PseudoLabelLoss:
             return self.base(pred, target, **kwargs)
         weight = getattr(self._func, 'weight', None)
         return weighted_cross_entropy(pred, target, weight=None if weight is None else weight.to(pred.device), eps=self.eps,
-                                      reduction=kwargs.get('reduction', getattr(self._func, 'reduction', 'mean')))
+            reduction=kwargs.get('reduction', getattr(self._func, 'reduction', 'mean')))
 
     def __getattr__(self, name):
         if name.startswith('__') or name == 'base': raise AttributeError(name)

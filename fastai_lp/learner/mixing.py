@@ -70,7 +70,8 @@ class _StreamMix(FitScoped, MixHandler):
         elif y.is_floating_point(): unlabeled = torch.zeros(len(y), dtype=torch.bool, device=y.device); known = ~unlabeled
         else:
             if y.numel() != len(y): raise ValueError(f"{type(self).__name__}: the targets have shape {tuple(y.shape)}, expected one class per item")
-            unlabeled = y.flatten() < 0; known = ~unlabeled
+            unlabeled = y.flatten() < 0
+            known = ~unlabeled
             if self.streams != 'labeled' and unlabeled.any(): self._no_target()
         if self.streams == 'all': return torch.where(known, 0, -1)
         if self.streams != 'each': known = known & (unlabeled if self.streams == 'unlabeled' else ~unlabeled)

@@ -26,7 +26,7 @@ class LPRecord(Stateful):
         "The history as a DataFrame, a row per update"
         import pandas as pd
         return pd.DataFrame([{**{k: v for k, v in row.items() if k != 'seconds'}, **{f's_{k}': v for k, v in row['seconds'].items()}}
-                             for row in self.history])
+            for row in self.history])
 
     def __repr__(self): return f"LPRecord({len(self.history)} updates" + (f", last {self.history[-1]})" if self.history else ")")
 

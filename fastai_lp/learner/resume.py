@@ -171,7 +171,7 @@ class ResumeCallback(FitScoped):
         "What must be the same for a run to go on"
         world = place(self.dls.train)[1]
         return dict(epochs=self.n_epoch, **({} if world == 1 else dict(processes=world)), **_data_of(self.learn.dls), callbacks=[len(self._of(LPCallback)), len(self._of(MeanTeacherCallback))],
-                    settings=self.settings, parameters={k: list(v.shape) for k, v in unwrapped(self.learn.model).state_dict().items()})
+            settings=self.settings, parameters={k: list(v.shape) for k, v in unwrapped(self.learn.model).state_dict().items()})
 
     def _check(self, s):
         now = self._fit_of()
@@ -214,13 +214,13 @@ class ResumeCallback(FitScoped):
             epoch=done, train_iter=self.train_iter, model=unwrapped(self.learn.model).state_dict(), opt=_optimizer_state(self.learn.opt),
             fit=self._fit_of(),
             lp=[dict(history=cb.record.history, pseudo=_pack(cb.record.pseudo) if cb.record.pseudo else None,
-                     labeler=cb.labeler.state_dict() if hasattr(cb.labeler, 'state_dict') else None,
-                     mean=cb.record.mean.state_dict() if cb.record.mean else None) for cb in self._of(LPCallback)],
+                labeler=cb.labeler.state_dict() if hasattr(cb.labeler, 'state_dict') else None,
+                mean=cb.record.mean.state_dict() if cb.record.mean else None) for cb in self._of(LPCallback)],
             mt=[cb.record.state_dict() for cb in self._of(MeanTeacherCallback)],
             scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else None,
             trackers=[dict(best=_number(cb.best), **({'wait': cb.wait} if hasattr(cb, 'wait') else {})) for cb in self._of(TrackerCallback)],
             recorder=dict(lrs=torch.tensor([float(o) for o in rec.lrs], dtype=torch.float64), iters=list(rec.iters), losses=torch.tensor([float(o) for o in rec.losses]),
-                          values=[[_number(o) for o in row] for row in rec.values], count=rec.smooth_loss.count, val=rec.smooth_loss.val.cpu()),
+                values=[[_number(o) for o in row] for row in rec.values], count=rec.smooth_loss.count, val=rec.smooth_loss.val.cpu()),
             random=random)
         try:
             with written_whole(self.fname, checksum=True) as f: torch.save(_plain(state), f)

@@ -43,7 +43,7 @@ def memory_advice(
             if not e.args: e.args = 'out of memory',  # fastai, which adds to the message, wants one
             settings = {o: getattr(labeler, o) for o in ('k', 'keep_Z', 'index') if hasattr(labeler, o)}
             e.add_note(f"LPCallback: the pseudo-labels of {n} items, {d} numbers per descriptor and {c} classes take about {peak_memory(n, d, c, **settings)/1e9:.1f} GB. "
-                       "A smaller k=, or keep_Z=False, takes less. The Learner is as it was before this epoch: fit it again")
+                "A smaller k=, or keep_Z=False, takes less. The Learner is as it was before this epoch: fit it again")
         raise
 
 # %% ../../nbs/transductive/07_advice.ipynb #9b870a6f
@@ -60,17 +60,17 @@ def advice(
     if not n: return res
     if c > 1 and pseudo.Z is not None and (omega := certainty(pseudo.Z[free]).mean().item()) < .05:
         res['certainty'] = (f"the certainty of the pseudo-labels is next to nothing: its mean is {omega:.3f} before normalisation, below 0.05. The descriptors hardly tell the "
-                            "classes apart: train longer on the labeled items first (warmup=), start from a pretrained network, label more items, or lower the learning rate")
+            "classes apart: train longer on the labeled items first (warmup=), start from a pretrained network, label more items, or lower the learning rate")
     share, given = (torch.bincount(pseudo.labels[o & (pseudo.labels >= 0)], minlength=c)/o.sum() for o in (free, pseudo.labeled))
     if c > 1 and share.max() > (1+given[top := share.argmax().item()])/2:
         res['class'] = (f"class {names[top] if names is not None else top} takes over: {share[top]:.0%} of the pseudo-labels, {given[top]:.0%} of the given labels. Train longer on the "
-                        "labeled items first (warmup=), lower the learning rate, or label more items of the other classes")
+            "labeled items first (warmup=), lower the learning rate, or label more items of the other classes")
     if pseudo.residual > .05:
         res['residual'] = f"the spreading stopped before its end: after {pseudo.n_iter} iterations the residual is {pseudo.residual:.3f}, above 0.05. Raise max_iter=, or, for diffusion, lower alpha="
     if (lost := (free & ~pseudo.reached).sum().item()) > .1*n:
         res['reached'] = (f"no label reaches {lost} of {n} unlabeled items, which train with weight 0: raise k= so that the graph hangs together, raise max_iter=, "
-                          "or label items among them (LPInterpretation's suggest finds them)")
+            "or label items among them (LPInterpretation's suggest finds them)")
     if (recall := pseudo.graph.get('recall', 1)) < .9:
         res['recall'] = (f"the approximate search found {recall:.0%} of the nearest neighbours, which costs pseudo-labels: ask for an index that looks further, such as index='HNSW64', "
-                         "or for index='Flat', which misses none")
+            "or for index='Flat', which misses none")
     return res

@@ -120,7 +120,7 @@ class PseudoLabels:
         "The same; a `ValueError` where its tensors do not fit each other"
         n, c = len(self.labels), len(self.class_weights)
         for name, o, shape, dtype in (('labels', self.labels, [n], torch.int64), ('certainty', self.certainty, [n], torch.float32), ('class_weights', self.class_weights, [c], torch.float32),
-                                      ('labeled', self.labeled, [n], torch.bool), ('reached', self.reached, [n], torch.bool), ('Z', self.Z, [n, c], torch.float32), ('soft', self.soft, [n, c], torch.float32), ('W', self.W, [n, n], torch.float32)):
+            ('labeled', self.labeled, [n], torch.bool), ('reached', self.reached, [n], torch.bool), ('Z', self.Z, [n, c], torch.float32), ('soft', self.soft, [n, c], torch.float32), ('W', self.W, [n, n], torch.float32)):
             if o is not None and (list(o.shape), o.dtype) != (shape, dtype): raise ValueError(f"{name} has shape {list(o.shape)} and type {o.dtype}: expected {shape}, {dtype}")
         if n and not (self.labels.min() >= -1 and self.labels.max() < c): raise ValueError(f"labels outside −1 to {c-1}")
         return self
@@ -208,25 +208,25 @@ def check_labels(
 
 # %% ../../nbs/transductive/05_pseudo.ipynb #dc63c5cc
 def check_settings(k=None, gamma=3., alpha=.99, max_iter=20, tol=1e-6, seeds='class_size', omega_norm='all', zeta_norm='items', backend='auto', index='auto', keep_Z=True, refresh='exact', min_recall=.95,
-                   symmetry='sum', local=None, temperature=1., balance=None, prior='labels', soft=False, omega_power=1.):
+    symmetry='sum', local=None, temperature=1., balance=None, prior='labels', soft=False, omega_power=1.):
     "Raise a `ValueError` that names the first setting of `propagate` that cannot be, so that no time is spent before"
     check_edges(gamma, symmetry, local)
     for name, value, ok, expected in (
-            ('k', k, k is None or k >= 1, 'None or at least 1 neighbour'),
-            ('alpha', alpha, 0 <= alpha < 1, '0 <= alpha < 1, or I − αS is not positive definite'),
-            ('max_iter', max_iter, max_iter >= 1, 'at least 1 iteration'),
-            ('tol', tol, tol >= 0, 'a relative residual of 0 or more'),
-            ('seeds', seeds, seeds in ('class_size', 'raw'), "'class_size' or 'raw'"),
-            ('omega_norm', omega_norm, omega_norm in ('all', 'unlabeled', None), "'all', 'unlabeled' or None"),
-            ('zeta_norm', zeta_norm, zeta_norm in ('items', 'classes'), "'items' or 'classes'"),
-            ('backend', backend, backend in ('auto', 'faiss', 'torch'), "'auto', 'faiss' or 'torch'"),
-            ('refresh', refresh, refresh in ('exact', 'auto'), "'exact' or 'auto'"),
-            ('min_recall', min_recall, 0 < min_recall <= 1, 'a share above 0, 1 at most'),
-            ('temperature', temperature, temperature > 0, 'a number above 0'),
-            ('omega_power', omega_power, omega_power >= 0, '0 or more'),
-            ('balance', balance, balance in (None, 'align', 'sinkhorn'), "None, 'align' or 'sinkhorn'"),
-            ('prior', prior, prior in ('uniform', 'labels') if isinstance(prior, str) else all(0 < o < math.inf for o in prior), "'uniform', 'labels' or a number above 0 for each class"),
-            ('keep_Z', keep_Z, keep_Z or not (soft or balance or temperature != 1), 'True: temperature, balance and soft labels need all scores')):
+        ('k', k, k is None or k >= 1, 'None or at least 1 neighbour'),
+        ('alpha', alpha, 0 <= alpha < 1, '0 <= alpha < 1, or I − αS is not positive definite'),
+        ('max_iter', max_iter, max_iter >= 1, 'at least 1 iteration'),
+        ('tol', tol, tol >= 0, 'a relative residual of 0 or more'),
+        ('seeds', seeds, seeds in ('class_size', 'raw'), "'class_size' or 'raw'"),
+        ('omega_norm', omega_norm, omega_norm in ('all', 'unlabeled', None), "'all', 'unlabeled' or None"),
+        ('zeta_norm', zeta_norm, zeta_norm in ('items', 'classes'), "'items' or 'classes'"),
+        ('backend', backend, backend in ('auto', 'faiss', 'torch'), "'auto', 'faiss' or 'torch'"),
+        ('refresh', refresh, refresh in ('exact', 'auto'), "'exact' or 'auto'"),
+        ('min_recall', min_recall, 0 < min_recall <= 1, 'a share above 0, 1 at most'),
+        ('temperature', temperature, temperature > 0, 'a number above 0'),
+        ('omega_power', omega_power, omega_power >= 0, '0 or more'),
+        ('balance', balance, balance in (None, 'align', 'sinkhorn'), "None, 'align' or 'sinkhorn'"),
+        ('prior', prior, prior in ('uniform', 'labels') if isinstance(prior, str) else all(0 < o < math.inf for o in prior), "'uniform', 'labels' or a number above 0 for each class"),
+        ('keep_Z', keep_Z, keep_Z or not (soft or balance or temperature != 1), 'True: temperature, balance and soft labels need all scores')):
         if not ok: raise ValueError(f"{name}={value!r}: expected {expected}")
 
 # %% ../../nbs/transductive/05_pseudo.ipynb #ee70ccd4
@@ -284,7 +284,7 @@ def spread(
             rows.add(Z, first)
             runs.append(run)
         res = _pseudo_labels(rows.top, rows.peak > 0, rows.certainty(n_classes), n_classes, y, omega_norm, zeta_norm, omega_power, W=W,
-                             n_iter=max(n for n, _ in runs), residual=max(o.max().item() for _, o in runs))
+            n_iter=max(n for n, _ in runs), residual=max(o.max().item() for _, o in runs))
     res.seconds = dict(diffusion=time.perf_counter()-start)
     return res
 

@@ -213,4 +213,4 @@ def reserve(
             f.flush()
     except OSError as e:
         raise OSError(e.errno, f"{os.strerror(e.errno)}: {what} take {size/1e9:.1f} GB, and the temporary folder has {shutil.disk_usage(tempfile.gettempdir()).free/1e9:.1f} GB free. "
-                      "Name another one in the environment variable TMPDIR, or free some space", tempfile.gettempdir()) from e
+            "Name another one in the environment variable TMPDIR, or free some space", tempfile.gettempdir()) from e
