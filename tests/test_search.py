@@ -16,7 +16,8 @@ from fastai_lp.transductive.advice import advice
 from fastai_lp.transductive.pseudo import propagate
 from fastai_lp.transductive.neighbors import EXACT_UP_TO, _exact_faiss, _exact_torch, _found, as_rows, index_for, knn, knn_recall, unit_rows
 from fastai_lp.transductive.warm import Neighbors
-from fastai_lp.utils.progress import reporting, share_of, shared
+from fastai_lp.utils.distributed import share_of, shared
+from fastai_lp.utils.progress import reporting
 
 
 def points(n=400, d=12, seed=0): return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))

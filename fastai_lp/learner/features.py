@@ -23,9 +23,8 @@ from fastai.torch_core import get_random_states, progress_bar, set_random_states
 from fastai.vision.learner import TimmBody
 
 from ..utils.files import reserve
-from ..utils.distributed import unwrapped
+from ..utils.distributed import gathered, share_of, unwrapped
 from ..transductive.graph import rows_not_finite
-from ..utils.progress import gathered, share_of
 
 # %% ../../nbs/learner/08_features.ipynb #bafe0ec6
 def find_classifier(

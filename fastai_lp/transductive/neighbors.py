@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import faiss  # after torch: its CUDA 12 libraries must not be loaded before torch's own
 
-from ..utils.progress import blocks, gathered, share_of
+from ..utils.distributed import gathered, share_of
+from ..utils.progress import blocks
 
 # %% ../../nbs/transductive/01_neighbors.ipynb #4b210001
 def default_k(

@@ -8,7 +8,7 @@ __all__ = ['Neighbors']
 # %% ../../nbs/transductive/01a_warm.ipynb #4ef7109d
 import torch
 
-from ..utils.progress import gathered, share_of
+from ..utils.distributed import gathered, share_of
 from .neighbors import _clamp_k, _engine, _found, _sample, _search, as_rows, rescored
 
 # %% ../../nbs/transductive/01a_warm.ipynb #91b131e0
