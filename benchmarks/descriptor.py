@@ -24,7 +24,8 @@ from PIL import Image
 from torchvision.models import resnet18
 
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import SemiCategorize, hide_labels
+from fastai_lp.learner.data import SemiCategorize
+from fastai_lp.learner.splitting import hide_labels
 from fastai_lp.experiments.datasets import Rows, digits
 from fastai_lp.experiments.commands import environment
 from fastai_lp.learner.features import extract_features, find_classifier

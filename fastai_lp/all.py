@@ -11,6 +11,8 @@ from fastai_lp.transductive.poisson import *
 from fastai_lp.transductive.curation import *
 from fastai_lp.learner.losses import *
 from fastai_lp.learner.data import *
+from fastai_lp.learner.splitting import *
+from fastai_lp.learner.streams import *
 from fastai_lp.learner.images import *
 from fastai_lp.learner.augment import *
 from fastai_lp.learner.features import *

@@ -18,7 +18,8 @@ from torch import nn
 
 from fastai_lp.experiments.batches import BatchAugment, ImageTable, ImageTableDL, augmentations, image_dls
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import TwoStream, targets_of
+from fastai_lp.learner.data import targets_of
+from fastai_lp.learner.streams import TwoStream
 from fastai_lp.experiments.datasets import ImageArrays, cifar10, digits, show_labels
 from fastai_lp.learner.features import extract_features
 from fastai_lp.interpret import LPInterpretation

@@ -26,7 +26,8 @@ from conftest import Look, Spy, blob_learner, blob_model, blobs, flat_weights, i
 from fastai_lp.transductive import diffusion, neighbors as search
 from fastai_lp.utils import progress as work
 from fastai_lp.learner.callback import LPCallback, truth_of
-from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock, semi_dls
+from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock
+from fastai_lp.learner.streams import semi_dls
 from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
 from fastai_lp.transductive.pseudo import PseudoLabels
 

@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from fastai_lp.transductive.curation import label_issues, suggest
-from fastai_lp.learner.data import hide_labels
+from fastai_lp.learner.splitting import hide_labels
 from fastai_lp.transductive.graph import affinity, knn, normalize
 from fastai_lp.transductive.pseudo import propagate, spread
 

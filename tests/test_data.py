@@ -16,7 +16,9 @@ from fastai.tabular.learner import tabular_learner
 
 from conftest import Look, blob_learner, blobs
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import LabeledOnlySplitter, SemiCategorize, SemiCategoryBlock, TwoStream, hide_labels, semi_dls, targets_of, two_stream
+from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock, targets_of
+from fastai_lp.learner.splitting import LabeledOnlySplitter, hide_labels
+from fastai_lp.learner.streams import TwoStream, semi_dls, two_stream
 
 
 def loaders(n_labeled, n_unlabeled, **kwargs):

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.semi_supervised import LabelSpreading
 from sklearn.utils.estimator_checks import check_estimator
 
-from fastai_lp.learner.data import hide_labels
+from fastai_lp.learner.splitting import hide_labels
 from fastai_lp.estimator import LabelDiffusion
 from fastai_lp.transductive.pseudo import propagate
 

@@ -25,7 +25,8 @@ from torch import nn
 import fastai_lp.utils.files
 from conftest import Look, blob_learner, blob_model, blobs, flat_weights
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import SemiCategorize, semi_dls
+from fastai_lp.learner.data import SemiCategorize
+from fastai_lp.learner.streams import semi_dls
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.experiments.commands import read_lines
 from fastai_lp.learner.features import extract_features

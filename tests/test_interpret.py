@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import blob_learner, blobs
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.transductive.curation import label_issues, suggest
-from fastai_lp.learner.data import semi_dls
+from fastai_lp.learner.streams import semi_dls
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.experiments.datasets import digits_folder
 from fastai_lp.experiments.commands import run_experiment

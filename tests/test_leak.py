@@ -14,7 +14,8 @@ from torch import nn
 
 from conftest import blob_learner, blob_model, blobs, flat_weights
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import SemiCategoryBlock, hide_labels
+from fastai_lp.learner.data import SemiCategoryBlock
+from fastai_lp.learner.splitting import hide_labels
 from fastai_lp.learner.images import SemiImageDataLoaders
 
 

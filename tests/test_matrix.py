@@ -44,7 +44,8 @@ from torchvision.models import resnet18
 
 from conftest import blob_learner, blobs, flat_weights
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import SemiCategoryBlock, TwoStream, semi_dls, targets_of
+from fastai_lp.learner.data import SemiCategoryBlock, targets_of
+from fastai_lp.learner.streams import TwoStream, semi_dls
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.experiments.datasets import digits, digits_folder
 from fastai_lp.learner.features import find_classifier

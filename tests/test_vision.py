@@ -19,7 +19,8 @@ from torchvision.models import resnet18
 
 import fastai_lp.learner.callback
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import TwoStream, targets_of
+from fastai_lp.learner.data import targets_of
+from fastai_lp.learner.streams import TwoStream
 from fastai_lp.learner.images import SemiImageDataLoaders
 
 CIFAR = Path(__file__).resolve().parents[2]/'shared'/'data'/'cifar10_jpeg.npz'

@@ -20,7 +20,8 @@ from fastai.vision.core import TensorImage
 from fastcore.basics import listify, store_attr
 
 from ..learner.scoped import FitScoped
-from ..learner.data import SemiCategorize, semi_dls
+from ..learner.data import SemiCategorize
+from ..learner.streams import semi_dls
 from .datasets import ImageArrays, _pictures
 
 # %% ../../nbs/experiments/03_batches.ipynb #30c126d0

@@ -31,8 +31,10 @@ from sklearn.model_selection import train_test_split
 
 from ..utils.files import read_npz, written_whole
 from ..learner.augment import RandomAffine
-from ..learner.data import SemiCategoryBlock, hide_labels, semi_dls
-from ..learner.images import _by_name
+from ..learner.data import SemiCategoryBlock
+from ..learner.splitting import hide_labels
+from ..learner.streams import semi_dls
+from ..learner.images import sorted_by_name
 
 # %% ../../nbs/experiments/02_datasets.ipynb #1a5288e8
 @dataclass(repr=False, eq=False)
@@ -144,7 +146,7 @@ class _Part(NamedTuple):
 
 def _class_files(root, what, how):
     "The images below `root`, in an order that the names of their folders do not decide, with the names of these folders"
-    files = _by_name(get_image_files(root)) if root.is_dir() else L()
+    files = sorted_by_name(get_image_files(root)) if root.is_dir() else L()
     if not files: raise FileNotFoundError(f"{what}: no images in {root}, where a folder of them per class was looked for. {how}")
     if stray := [o for o in files if o.parent == root]: raise ValueError(f"{what}: {stray[0]} is in no class folder; expected {root}/CLASS/{stray[0].name}")
     def number(o): return int(m.group()) if (m := re.match(r'\d+', o.name)) else -1
@@ -432,7 +434,7 @@ def imagewang(
     path, what = _downloaded(URLs.IMAGEWANG_160, 'Image网') if path is None else Path(path), 'Image网'
     how = f"Pass the folder that has train/, val/ and unsup/, or no path to download it from {URLs.IMAGEWANG_160}"
     (files, classes), (test_files, test_classes) = (_class_files(path/o, what, how) for o in ('train', 'val'))
-    free = _by_name(get_image_files(path/'unsup')) if (path/'unsup').is_dir() else L()
+    free = sorted_by_name(get_image_files(path/'unsup')) if (path/'unsup').is_dir() else L()
     if not free: raise FileNotFoundError(f"{what}: no images in {path/'unsup'}, where the unlabeled ones were looked for. {how}")
     vocab = sorted(set(classes))
     parts = [_part(files, classes, vocab, what), _Part(list(free), np.full(len(free), -1), [o.name for o in free]), _part(test_files, test_classes, vocab, what)]

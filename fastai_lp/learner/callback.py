@@ -20,7 +20,8 @@ from fastai.learner import ValueMetric
 from fastai.torch_core import progress_bar
 from fastai.vision.core import TensorImage
 
-from .data import TwoStream, targets_of, warn_of_unlabeled_validation, _how_to_unlabel
+from .data import HOW_TO_UNLABEL, targets_of
+from .streams import TwoStream, warn_of_unlabeled_validation
 from ..utils.distributed import from_first, level, mean_of, share_batches, unwrapped, work_shared
 from .features import Thumbnail, extract_features, find_classifier, find_descriptor
 from ..transductive.labelers import Diffusion
@@ -124,7 +125,7 @@ class LPCallback(FitScoped):
         if self.strong_tfms and not hasattr(getattr(dl, 'after_batch', None), 'fs'):
             raise ValueError(f"strong_tfms need a DataLoader with transforms of a batch, as TfmdDL has: the training one is {type(dl).__name__}")
         if not isinstance(dl, TwoStream): warn_of_unlabeled_validation(learn.dls)  # two streams have been told so when they were made
-        if (y >= 0).all(): raise ValueError(f"all {len(y)} training items are labeled: {_how_to_unlabel}")
+        if (y >= 0).all(): raise ValueError(f"all {len(y)} training items are labeled: {HOW_TO_UNLABEL}")
         vocab = _vocab(learn.dls)
         check_labels(y, learn.dls.c, vocab)
         PseudoLabelLoss(unwrap_loss(learn.loss_func))

@@ -20,7 +20,7 @@ from fastai.learner import Learner, ValueMetric
 
 from .scoped import FitScoped
 from ..utils.ema import ema_decay, frozen_copy, update_mean
-from .data import TwoStream
+from .streams import TwoStream
 from ..utils.distributed import level, share_batches, unwrapped
 
 # %% ../../nbs/learner/14_mean_teacher.ipynb #a84db352

@@ -11,7 +11,7 @@ from torch.distributions.beta import Beta
 from fastai.callback.mixup import MixHandler, reduce_loss
 from fastai.layers import NoneReduce
 
-from .data import TwoStream
+from .streams import TwoStream
 from .losses import PseudoLabelLoss
 from .scoped import FitScoped
 

@@ -23,7 +23,7 @@ from ..utils.files import checked, written_whole
 from .scoped import FitScoped
 from .callback import LPCallback
 from ..utils.ema import RunningMean
-from .data import TwoStream
+from .streams import TwoStream
 from ..utils.distributed import of_all, place, unwrapped
 from ..transductive.graph import csr
 from .mean_teacher import MeanTeacherCallback
@@ -37,7 +37,7 @@ def _random_state(dls):
     s = get_random_states()
     name, keys, *rest = s['numpy_state']
     s['numpy_state'] = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
-    return dict(all=s, loaders=[dict(rng=dl.rng.getstate(), pool=list(getattr(dl, '_pool', []))) for dl in _loaders(dls)])
+    return dict(all=s, loaders=[dict(rng=dl.rng.getstate(), pool=list(getattr(dl, 'pool', []))) for dl in _loaders(dls)])
 
 
 def _set_random_state(dls, state):
@@ -48,7 +48,7 @@ def _set_random_state(dls, state):
     set_random_states(**s)
     for dl, o in zip(_loaders(dls), state['loaders']):
         dl.rng.setstate(_tuples(o['rng']))
-        if isinstance(dl, TwoStream): dl._pool = list(o['pool'])
+        if isinstance(dl, TwoStream): dl.pool = list(o['pool'])
 
 
 def _tuples(o): return tuple(_tuples(x) for x in o) if isinstance(o, (list, tuple)) else o
