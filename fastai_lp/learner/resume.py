@@ -25,7 +25,6 @@ from .callback import LPCallback
 from ..utils.ema import RunningMean
 from .streams import TwoStream
 from ..utils.distributed import of_all, place, unwrapped
-from ..transductive.graph import csr
 from .mean_teacher import MeanTeacherCallback
 from ..transductive.pseudo import PseudoLabels
 
@@ -80,17 +79,6 @@ def _set_optimizer_state(opt, s):
     opt.load_state_dict(s)
 
 
-def _pack(pseudo):
-    "Its fields, the graph as three dense tensors"
-    W = pseudo.W
-    return {**vars(pseudo), 'W': None if W is None else [W.crow_indices(), W.col_indices(), W.values()]}
-
-
-def _unpack(d):
-    W = d['W']
-    return PseudoLabels(**{**d, 'W': None if W is None else csr(*W, len(d['labels']), check=True)})._fitting()
-
-
 def _data_of(dls):
     "What the training data are, in short: a run cannot go on with others"
     dl = _loaders(dls)[0]
@@ -140,7 +128,7 @@ class ResumeCallback(FitScoped):
         _set_optimizer_state(self.learn.opt, s['opt'])
         for cb, o in zip(self._of(LPCallback), s['lp']):
             cb.record.history = o['history']
-            if o['pseudo']: cb.record.pseudo, cb._data = _unpack(o['pseudo']).to(cb._fit.y.device), cb._fit.dl.dataset
+            if o['pseudo']: cb.record.pseudo, cb._data = PseudoLabels.from_state_dict(o['pseudo']).to(cb._fit.y.device), cb._fit.dl.dataset
             cb.record.truth = cb._fit.truth
             if o['labeler']: cb.labeler.load_state_dict(o['labeler'])
             if o.get('mean'):
@@ -213,7 +201,7 @@ class ResumeCallback(FitScoped):
         state = dict(
             epoch=done, train_iter=self.train_iter, model=unwrapped(self.learn.model).state_dict(), opt=_optimizer_state(self.learn.opt),
             fit=self._fit_of(),
-            lp=[dict(history=cb.record.history, pseudo=_pack(cb.record.pseudo) if cb.record.pseudo else None,
+            lp=[dict(history=cb.record.history, pseudo=cb.record.pseudo.state_dict() if cb.record.pseudo else None,
                 labeler=cb.labeler.state_dict() if hasattr(cb.labeler, 'state_dict') else None,
                 mean=cb.record.mean.state_dict() if cb.record.mean else None) for cb in self._of(LPCallback)],
             mt=[cb.record.state_dict() for cb in self._of(MeanTeacherCallback)],
