@@ -22,7 +22,6 @@ from fastai.torch_core import get_random_states, set_random_states
 from ..utils.files import checked, written_whole
 from .scoped import FitScoped
 from .callback import LPCallback
-from ..utils.ema import RunningMean
 from .data import TwoStream
 from ..utils.distributed import of_all, place, unwrapped
 from ..transductive.graph import csr
@@ -143,9 +142,6 @@ class ResumeCallback(FitScoped):
             if o['pseudo']: cb.record.pseudo, cb._data = _unpack(o['pseudo']).to(cb._fit.y.device), cb._fit.dl.dataset
             cb.record.truth = cb._fit.truth
             if o['labeler']: cb.labeler.load_state_dict(o['labeler'])
-            if o.get('mean'):
-                cb.record.mean = RunningMean(unwrapped(self.learn.model), cb.ema)
-                cb.record.mean.load_state_dict(o['mean'])
         for cb, o in zip(self._of(MeanTeacherCallback), s['mt']): cb.record.load_state_dict(o, unwrapped(self.learn.model))
         if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])
         self.learn.train_iter = s['train_iter']
@@ -214,8 +210,7 @@ class ResumeCallback(FitScoped):
             epoch=done, train_iter=self.train_iter, model=unwrapped(self.learn.model).state_dict(), opt=_optimizer_state(self.learn.opt),
             fit=self._fit_of(),
             lp=[dict(history=cb.record.history, pseudo=_pack(cb.record.pseudo) if cb.record.pseudo else None,
-                labeler=cb.labeler.state_dict() if hasattr(cb.labeler, 'state_dict') else None,
-                mean=cb.record.mean.state_dict() if cb.record.mean else None) for cb in self._of(LPCallback)],
+                labeler=cb.labeler.state_dict() if hasattr(cb.labeler, 'state_dict') else None) for cb in self._of(LPCallback)],
             mt=[cb.record.state_dict() for cb in self._of(MeanTeacherCallback)],
             scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else None,
             trackers=[dict(best=_number(cb.best), **({'wait': cb.wait} if hasattr(cb, 'wait') else {})) for cb in self._of(TrackerCallback)],
