@@ -19,7 +19,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_random_states, set_random_states
 
-from ..utils.files import checked, written_whole
+from ..utils.files import checked, atomic_write
 from .scoped import FitScoped
 from .callback import LPCallback
 from .data import TwoStream
@@ -157,7 +157,7 @@ class ResumeCallback(FitScoped):
     def _try_to_write(self):
         "Before the first epoch, rather than after it: a folder that is not there, a disk that is full"
         try:
-            with written_whole(self.fname) as f:
+            with atomic_write(self.fname) as f:
                 f.write(bytes(2**16))
                 f.flush()
                 raise _Enough
@@ -218,7 +218,7 @@ class ResumeCallback(FitScoped):
                 values=[[_number(o) for o in row] for row in rec.values], count=rec.smooth_loss.count, val=rec.smooth_loss.val.cpu()),
             random=random)
         try:
-            with written_whole(self.fname, checksum=True) as f: torch.save(_plain(state), f)
+            with atomic_write(self.fname, checksum=True) as f: torch.save(_plain(state), f)
         except OSError as e:
             warnings.warn(f"{e}. The training goes on, and the next epoch tries again: until then a run that stops goes on from an earlier epoch")
 
