@@ -17,7 +17,6 @@ from fastai_lp.learner.images import *
 from fastai_lp.learner.augment import *
 from fastai_lp.learner.features import *
 from fastai_lp.learner.scoped import *
-from fastai_lp.utils.ema import *
 from fastai_lp.learner.record import *
 from fastai_lp.learner.callback import *
 from fastai_lp.learner.mixing import *

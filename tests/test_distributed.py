@@ -173,7 +173,7 @@ def everything(rank, path):
         rows=gather_rows(torch.arange(6).view(3, 2)[:3-rank] + 10*rank),
         extraction=extraction(rank, path), fit=whole_fit(rank, path), warned=warned(rank, path), teachers=teachers(rank, path), resumed=resumed(rank, path),
         two=fit(learner(path, plain=True), 3, [LPCallback(warmup=1)], Batches(), .1), single=single(rank, path),
-        beyond=fit(learner(path, seed=rank), 3, [LPCallback(warmup=1, ema=.9, steps=2, unlabeled_views=2, augment=2, temperature=.5, balance='sinkhorn')], Batches()),
+        beyond=fit(learner(path, seed=rank), 3, [LPCallback(warmup=1, steps=2, unlabeled_views=2, augment=2, temperature=.5, balance='sinkhorn')], Batches()),
         least=fit(learner(path, two_stream=False), 2, [LPCallback(min_labeled=4)], Batches()),
         one=fit(learner(path, two_stream=False, plain=True, workers=rank), 3, [LPCallback(warmup=1)], Batches(), .1))
 

@@ -404,7 +404,7 @@ def test_arrays_that_do_not_fit(shows, tmp_path, change):
     file = propagate(x, y).save(tmp_path/'p.npz')
     f = {k: v for k, v in fastai_lp.utils.files.read_npz(file).items() if change.get(k, 0) is not None}
     change = {k: np.resize(v, f[k].shape) if k == 'W_col' else v for k, v in change.items() if v is not None}
-    with fastai_lp.utils.files.written_whole(file, checksum=True) as out: np.savez_compressed(out, **{**f, **change})
+    with fastai_lp.utils.files.atomic_write(file, checksum=True) as out: np.savez_compressed(out, **{**f, **change})
     with pytest.raises(ValueError, match='p.npz: these are no pseudo-labels'): PseudoLabels.load(file)
     if 'labels' in change and len(change['labels']) == 30:
         with shows.error(FILES, 'saved pseudo-labels whose arrays contradict each other', 'labels outside'): PseudoLabels.load(file)
@@ -418,9 +418,9 @@ def test_pickles_are_not_executed(shows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x, y, _ = clouds(30)
     f = fastai_lp.utils.files.read_npz(propagate(x, y).save('p.npz'))
-    with fastai_lp.utils.files.written_whole('p.npz', checksum=True) as out: np.savez(out, **{**f, 'labels': np.array([Bomb()]*30, dtype=object)})
+    with fastai_lp.utils.files.atomic_write('p.npz', checksum=True) as out: np.savez(out, **{**f, 'labels': np.array([Bomb()]*30, dtype=object)})
     with shows.error(FILES, 'a pickle in a file of pseudo-labels', 'not a whole .npz file of plain arrays'): PseudoLabels.load('p.npz')
-    with fastai_lp.utils.files.written_whole('run.pth', checksum=True) as out: torch.save(dict(epoch=1, model=Bomb()), out)
+    with fastai_lp.utils.files.atomic_write('run.pth', checksum=True) as out: torch.save(dict(epoch=1, model=Bomb()), out)
     with shows.error(FILES, 'a pickle in a file of `ResumeCallback`', 'holds more than numbers and text'): blob_learner().fit(1, cbs=ResumeCallback('run.pth'))
     Path('p.npz').write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match='cut off, damaged'): LPInterpretation.load('p.npz')

@@ -338,7 +338,7 @@ def cutmix(make): mixed(make, CutMix())
 @habit
 def beyond_the_paper(make):
     "The preset, and more of what goes beyond the paper; what is no image keeps its inputs, with a warning"
-    learn, cb, spy = make(), LPCallback.strong(ema=.9, steps=2, soft=True, unlabeled_views=2 if isinstance(make().dls.train, TwoStream) else 1, min_labeled=1), Spy()
+    learn, cb, spy = make(), LPCallback.strong(steps=2, soft=True, unlabeled_views=2 if isinstance(make().dls.train, TwoStream) else 1, min_labeled=1), Spy()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         learn.fit(1, cbs=[cb, spy])

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from fastai.torch_core import progress_bar
 from fastcore.script import call_parse, store_true
 
-from ..utils.files import append_json_line, read_json_lines, read_npz, written_whole
+from ..utils.files import append_json_line, read_json_lines, read_npz, atomic_write
 from .datasets import ImageArrays, cifar10, cifar100, digits, mini_imagenet, show_labels
 from ..transductive.graph import default_k
 from .recipes import METHODS, RECIPES, Recipe, file_name
@@ -247,6 +247,6 @@ def lp_train(
     except (ValueError, OSError) as e: raise SystemExit(str(e))
     what = f"{dataset}, {labels} labels, {len(rows)} {f'splits of {splits}' if splits else 'draws of the labels'}"
     fig = plot_runs(runs, what)
-    with written_whole(Path(out)/f'{dataset}.png') as f: fig.savefig(f, dpi=150)
+    with atomic_write(Path(out)/f'{dataset}.png') as f: fig.savefig(f, dpi=150)
     plt.close(fig)
     print(f"\n\n{what}; mean ± standard error\n\n{to_markdown(summarize(runs))}\n\ndetails in {Path(out)/f'{dataset}.jsonl'}, figure in {Path(out)/f'{dataset}.png'}")

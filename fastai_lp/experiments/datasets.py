@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ..utils.files import read_npz, written_whole
+from ..utils.files import read_npz, atomic_write
 from ..learner.augment import RandomAffine
 from ..learner.data import SemiCategoryBlock
 from ..learner.splitting import hide_labels
@@ -215,7 +215,7 @@ def _kept(file, key):
 
 def _keep(file, images, key):
     "Write a cache file in one step; a folder that cannot be written to does without"
-    with suppress(OSError), written_whole(file, checksum=True) as f: np.savez(f, images=images.numpy(), key=key)
+    with suppress(OSError), atomic_write(file, checksum=True) as f: np.savez(f, images=images.numpy(), key=key)
 
 
 def _load(sources, wanted, size, crop, cache):

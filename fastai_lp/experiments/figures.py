@@ -17,7 +17,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator, NullLocator
 from fastcore.script import call_parse
 
-from ..utils.files import written_whole
+from ..utils.files import atomic_write
 from .commands import COLORS, read_images, row_name, test_error
 from ..interpret import CLASSES, LPInterpretation, plot_toy, toy
 from .report import LONG, PAPER, as_paper, experiment, grouped, names_of, read_runs, settings, title_of
@@ -251,6 +251,6 @@ def lp_figures(
         try: fig = make(*args)
         except Lacking as e: print(f'figure{i} skipped: {e}')
         else:
-            with written_whole(file := folder/f'figure{i}.png') as f: fig.savefig(f, dpi=150)
+            with atomic_write(file := folder/f'figure{i}.png') as f: fig.savefig(f, dpi=150)
             plt.close(fig)
             print(file)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import call_parse
 
-from ..utils.files import written_whole
+from ..utils.files import atomic_write
 from .commands import read_lines, row_name, test_error
 from .recipes import OF_STAGE2, RECIPES
 
@@ -179,4 +179,4 @@ def lp_tables(
     except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e))
     print(text)
     if out:
-        with written_whole(out) as f: f.write((text + '\n').encode())
+        with atomic_write(out) as f: f.write((text + '\n').encode())

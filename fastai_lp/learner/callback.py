@@ -30,7 +30,6 @@ from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from ..transductive.pseudo import check_labels
 from ..transductive.advice import advice, memory_advice
 from .scoped import FitScoped
-from ..utils.ema import RunningMean
 from .augment import strong_tfms as _strong_tfms
 from .epoch import EpochPlan
 from .record import LPRecord, truth_of
@@ -60,7 +59,6 @@ class LPCallback(FitScoped):
         mixup=None, # α of MixUp among the unlabeled items of a batch, see `mixing.StreamMixUp`. True: 0.4, where it can be: where all inputs are floating-point numbers, and not with Mean Teacher
         min_labeled:int=0, # at least so many labeled items in every batch; where fewer were drawn, unlabeled ones give their place up for this epoch. In batches of two streams `labeled_bs` decides
         augment:int=0, # average the descriptors of so many augmented views; 1, or True, is what the authors' program does. 0: of the item as it is, as a new item will be
-        ema:float=None, # take descriptors and predictions from the running mean of the network's parameters, of this decay at most, such as .99
         backbone=None, # module, such as a pretrained network or `features.Thumbnail()`, whose output is the descriptor, in place of the network that is trained
         beside:float=None, # join the backbone's descriptor to the network's own, with this weight in the first epoch of a fit, falling to 0 over its epochs: it helps most while the network knows little
         max_bytes:int=2**32, # descriptors that take more lie in a temporary file, see `features.extract_features`
@@ -71,13 +69,13 @@ class LPCallback(FitScoped):
         if warmup < 0 or every < 1: raise ValueError(f"warmup={warmup}, every={every}: expected warmup >= 0 and every >= 1 epochs")
         for name, value, ok, expected in (('steps', steps, steps is None or steps >= 1, 'None or at least 1 training step'),
             ('unlabeled_views', unlabeled_views, unlabeled_views >= 1, 'at least 1'), ('min_labeled', min_labeled, min_labeled >= 0, '0 or more items'),
-            ('augment', augment, augment >= 0, '0 or more views'), ('mixup', mixup, mixup in (None, False) or mixup > 0, 'None, True, or a number above 0'), ('ema', ema, ema is None or 0 <= ema < 1, 'None, or a decay in [0, 1)')):
+            ('augment', augment, augment >= 0, '0 or more views'), ('mixup', mixup, mixup in (None, False) or mixup > 0, 'None, True, or a number above 0')):
             if not ok: raise ValueError(f"{name}={value!r}: expected {expected}")
         if beside is not None and (backbone is None or beside < 0): raise ValueError(f"beside={beside!r} is the weight of a backbone's descriptor: expected backbone= and 0 or more")
         if backbone is not None and beside is None and layer is not None: raise ValueError("layer= is a place in the trained network, backbone= is another network: choose one")
         self.labeler = Diffusion(**graph) if labeler is None else labeler
         self.warmup, self.every, self.layer, self.augment, self.max_bytes, self.truth = warmup, every, layer, augment, max_bytes, truth
-        self.steps, self.strong_tfms, self.unlabeled_views, self.min_labeled, self.ema, self.backbone, self.beside = steps, L(_strong_tfms() if strong_tfms is True else strong_tfms or None), unlabeled_views, min_labeled, ema, backbone, beside
+        self.steps, self.strong_tfms, self.unlabeled_views, self.min_labeled, self.backbone, self.beside = steps, L(_strong_tfms() if strong_tfms is True else strong_tfms or None), unlabeled_views, min_labeled, backbone, beside
         self.mixup, self._mix = mixup, None
         self._made_for_images = strong_tfms is True
         self.record, self._course = LPRecord(), 0  # epochs of all fits so far
@@ -159,7 +157,6 @@ class LPCallback(FitScoped):
         "The transductive step, and everything that the epoch's batches need"
         if self._fit is None: raise ValueError("there is no training item: a Learner from load_learner comes without data; set learn.dls before the fit")
         self._fit.rank, self._fit.world = share_batches(self.dls.loaders)
-        if self.ema is not None: self.record.mean = RunningMean.of(unwrapped(self.learn.model), self.ema, self.record.mean)
         if self._fit.due: self._update()
         self._prepare()
         self._add_mix()
@@ -171,8 +168,7 @@ class LPCallback(FitScoped):
         bar = dict(parent=getattr(progress, 'mbar', None), show=progress is not None)
         if fit.world > 1: level(*unwrapped(self.learn.model).buffers())  # each process has its own batches' BatchNorm statistics
         with work_shared(fit.rank, fit.world):
-            model = self._averaged() if self.ema is not None else None
-            with fit.plain(): found = extract_features(self.learn, self._layer(model), augment=self.augment, max_bytes=self.max_bytes, model=model, backbone=self.backbone,
+            with fit.plain(): found = extract_features(self.learn, self.layer, augment=self.augment, max_bytes=self.max_bytes, backbone=self.backbone,
                 beside=None if self.beside is None else self.beside*(1-self.epoch/self.n_epoch), **bar)
             extracted = time.perf_counter()
             if found.logits.shape[1] != self.dls.c:
@@ -189,16 +185,6 @@ class LPCallback(FitScoped):
         self.record.pseudo, self.record.truth, self._data = pseudo, fit.truth, fit.dl.dataset
         self.record.history.append(row)
         self._advise(pseudo)
-
-    def _averaged(self):
-        "The running mean of the network, with one set of BatchNorm statistics for all processes"
-        if self._fit.world > 1: level(*self.record.mean.model.buffers())
-        return self.record.mean.model
-
-    def _layer(self, model):
-        "`layer` as `model`, where that is a copy of the Learner's, knows it"
-        if model is None or self.layer is None or isinstance(self.layer, str): return self.layer
-        return next(name for name, m in unwrapped(self.learn.model).named_modules() if m is self.layer)
 
     def _advise(self, pseudo):
         "Warn once per fit of what looks wrong in two updates in a row, or in the last epoch"
@@ -288,10 +274,6 @@ class LPCallback(FitScoped):
         self.learn.yb = (self._fit.hard,)
         self._fit.hard = self.batch_unlabeled = None
     after_cancel_batch = after_loss
-
-    def after_step(self):
-        "The running mean, over the optimizer's steps"
-        if self.ema is not None and self._fit is not None: self.record.mean.update(unwrapped(self.learn.model))
 
     def after_train(self):
         self._in_step()

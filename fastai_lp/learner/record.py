@@ -14,13 +14,13 @@ from .data import is_unlabeled
 # %% ../../nbs/learner/11_record.ipynb #72148392
 class LPRecord(Stateful):
     "What `LPCallback` did: the last pseudo-labels, one row of figures per update, and the truth where it was given"
-    _stateattrs = ('pseudo', 'truth', 'mean')  # n items long, or a second network: an exported Learner does without
+    _stateattrs = ('pseudo', 'truth')  # n items long: an exported Learner does without
 
-    def __init__(self): self.pseudo, self.truth, self.mean, self.history = None, None, None, []
+    def __init__(self): self.pseudo, self.truth, self.history = None, None, []
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.pseudo = self.truth = self.mean = None
+        self.pseudo = self.truth = None
 
     def to_df(self):
         "The history as a DataFrame, a row per update"

@@ -19,10 +19,9 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_random_states, set_random_states
 
-from ..utils.files import checked, written_whole
+from ..utils.files import checked, atomic_write
 from .scoped import FitScoped
 from .callback import LPCallback
-from ..utils.ema import RunningMean
 from .streams import TwoStream
 from ..utils.distributed import of_all, place, unwrapped
 from .mean_teacher import MeanTeacherCallback
@@ -131,9 +130,6 @@ class ResumeCallback(FitScoped):
             if o['pseudo']: cb.record.pseudo, cb._data = PseudoLabels.from_state_dict(o['pseudo']).to(cb._fit.y.device), cb._fit.dl.dataset
             cb.record.truth = cb._fit.truth
             if o['labeler']: cb.labeler.load_state_dict(o['labeler'])
-            if o.get('mean'):
-                cb.record.mean = RunningMean(unwrapped(self.learn.model), cb.ema)
-                cb.record.mean.load_state_dict(o['mean'])
         for cb, o in zip(self._of(MeanTeacherCallback), s['mt']): cb.record.load_state_dict(o, unwrapped(self.learn.model))
         if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])
         self.learn.train_iter = s['train_iter']
@@ -149,7 +145,7 @@ class ResumeCallback(FitScoped):
     def _try_to_write(self):
         "Before the first epoch, rather than after it: a folder that is not there, a disk that is full"
         try:
-            with written_whole(self.fname) as f:
+            with atomic_write(self.fname) as f:
                 f.write(bytes(2**16))
                 f.flush()
                 raise _Enough
@@ -202,8 +198,7 @@ class ResumeCallback(FitScoped):
             epoch=done, train_iter=self.train_iter, model=unwrapped(self.learn.model).state_dict(), opt=_optimizer_state(self.learn.opt),
             fit=self._fit_of(),
             lp=[dict(history=cb.record.history, pseudo=cb.record.pseudo.state_dict() if cb.record.pseudo else None,
-                labeler=cb.labeler.state_dict() if hasattr(cb.labeler, 'state_dict') else None,
-                mean=cb.record.mean.state_dict() if cb.record.mean else None) for cb in self._of(LPCallback)],
+                labeler=cb.labeler.state_dict() if hasattr(cb.labeler, 'state_dict') else None) for cb in self._of(LPCallback)],
             mt=[cb.record.state_dict() for cb in self._of(MeanTeacherCallback)],
             scaler=self.learn.scaler.state_dict() if getattr(self.learn, 'scaler', None) else None,
             trackers=[dict(best=_number(cb.best), **({'wait': cb.wait} if hasattr(cb, 'wait') else {})) for cb in self._of(TrackerCallback)],
@@ -211,7 +206,7 @@ class ResumeCallback(FitScoped):
                 values=[[_number(o) for o in row] for row in rec.values], count=rec.smooth_loss.count, val=rec.smooth_loss.val.cpu()),
             random=random)
         try:
-            with written_whole(self.fname, checksum=True) as f: torch.save(_plain(state), f)
+            with atomic_write(self.fname, checksum=True) as f: torch.save(_plain(state), f)
         except OSError as e:
             warnings.warn(f"{e}. The training goes on, and the next epoch tries again: until then a run that stops goes on from an earlier epoch")
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.meta import delegates
 
-from ..utils.files import read_npz, written_whole
+from ..utils.files import read_npz, atomic_write
 from ..utils.progress import blocks, reporting
 from .neighbors import as_rows, unit_rows
 from .warm import Neighbors
@@ -91,12 +91,12 @@ class PseudoLabels:
         fname, # path of the .npz file
         **more, # further arrays to put beside
     )->Path:
-        "Save as .npz, without pickle; whole, with a checksum, or not at all (see `files.written_whole`)"
+        "Save as .npz, without pickle; whole, with a checksum, or not at all (see `files.atomic_write`)"
         fname = Path(fname)
         d = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items() if k not in ('seconds', 'graph', 'W') and v is not None}
         d.update({f'{o}_{k}': v for o in ('seconds', 'graph') for k, v in getattr(self, o).items()}, **more)
         if self.W is not None: d.update(W=self.W.values().cpu().numpy(), W_crow=self.W.crow_indices().cpu().numpy(), W_col=self.W.col_indices().int().cpu().numpy())
-        with written_whole(fname, checksum=True) as f: np.savez_compressed(f, **d)
+        with atomic_write(fname, checksum=True) as f: np.savez_compressed(f, **d)
         return fname
 
     @classmethod
