@@ -155,7 +155,7 @@ def test_descriptors_are_of_clean_images_and_training_is_augmented():
     dls = image_dls(d, bs=20, device='cpu')
     clean = (d.images/255-.5)/.25
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*12*12, 3)))
-    feats = extract_features(learn).feats
+    feats = Extractor()(learn).feats
     torch.testing.assert_close(feats, torch.nn.functional.normalize(clean[:200].flatten(1)))
     passes = [torch.cat([x for x, _ in dls.valid]) for _ in range(2)]
     torch.testing.assert_close(plain(passes[0]), clean[200:])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.schedule import *
 from fastai.data.core import Datasets
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.text.data import SortedDL
 from fastai.torch_core import set_seed
 from fasttransform import ItemTransform
@@ -18,6 +18,7 @@ import fastai_lp.learner.callback
 from conftest import Look, Spy, blob_learner, blob_model, blobs, flat_weights, item_numbers
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize
+from fastai_lp.utils.ema import RunningMean, ema_decay, update_mean
 from fastai_lp.learner.features import extract_features
 from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
@@ -27,7 +28,7 @@ from fastai_lp.learner.augment import OnUnlabeled
 from test_resume import Stop, same
 from test_strong import Mark
 
-OPTIONS = dict(steps=dict(steps=3), strong=dict(strong_tfms=Mark()), views=dict(unlabeled_views=2), least=dict(min_labeled=10), mean_of_views=dict(augment=2),
+OPTIONS = dict(steps=dict(steps=3), strong=dict(strong_tfms=Mark()), views=dict(unlabeled_views=2), least=dict(min_labeled=10), mean_of_views=dict(augment=2), ema=dict(ema=.9),
     backbone=dict(backbone=nn.Identity()), beside=dict(backbone=nn.Identity(), beside=1.), mixup=dict(mixup=.4), power=dict(omega_power=2.), soft=dict(soft=True), balance=dict(balance='sinkhorn', prior='uniform'), sharp=dict(temperature=.5, soft=True),
     mutual=dict(symmetry='mutual'), local=dict(local=3))
 
@@ -54,7 +55,7 @@ def trained(epochs=2, data=None, cbs=(), two_stream=True, **options):
 
 def test_alone_it_is_the_paper():
     args = inspect.signature(LPCallback).parameters
-    off = dict(steps=None, strong_tfms=None, unlabeled_views=1, min_labeled=0, augment=0, backbone=None, beside=None, mixup=None, omega_power=1., soft=False, balance=None, temperature=1., symmetry='sum', local=None)
+    off = dict(steps=None, strong_tfms=None, unlabeled_views=1, min_labeled=0, augment=0, ema=None, backbone=None, beside=None, mixup=None, omega_power=1., soft=False, balance=None, temperature=1., symmetry='sum', local=None)
     assert {k: args[k].default for k in off} == off
     assert torch.equal(flat_weights(trained()), flat_weights(trained(**off)))
 
@@ -85,7 +86,7 @@ def test_stopped_and_resumed(option, tmp_path):
     same(through, run(ResumeCallback(tmp_path/'run.pth')))
 
 
-@pytest.mark.parametrize('name, bad', dict(steps=0, unlabeled_views=0, min_labeled=-1, augment=-1, mixup=-1., temperature=0, balance='even', symmetry='or', local=0, omega_power=-1).items())
+@pytest.mark.parametrize('name, bad', dict(steps=0, unlabeled_views=0, min_labeled=-1, augment=-1, mixup=-1., ema=1., temperature=0, balance='even', symmetry='or', local=0, omega_power=-1).items())
 def test_settings_that_cannot_be(name, bad):
     with pytest.raises(ValueError, match=f'{name}='): LPCallback(**{name: bad})
 
@@ -286,30 +287,84 @@ def test_min_labeled_in_a_sorted_dataloader():
 
 # Descriptors
 
+def test_ema_decay_zero_is_the_network_itself(): assert torch.equal(flat_weights(trained(ema=0.)), flat_weights(trained()))
+
+
+def test_descriptors_of_the_running_mean(extracted):
+    class Follow(Callback):
+        order = 50
+        def before_fit(self): self.mean = None
+        def before_train(self):
+            if self.mean is None: self.mean, self.n = [p.detach().clone() for p in self.learn.model.parameters()], 0
+        def after_step(self):
+            self.n += 1
+            d = ema_decay(self.n, .9)
+            self.mean = [d*m + (1-d)*p.detach() for m, p in zip(self.mean, self.learn.model.parameters())]
+    follow = Follow()
+    learn = trained(3, cbs=[follow], ema=.9)
+    mean = learn.lp_record.mean
+    assert not mean.model.training and mean.step == follow.n
+    for a, b in zip(mean.model.parameters(), follow.mean): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(Extractor()(learn).feats, extract_features(learn, model=mean.model).feats)
+    assert all(p.grad is None and not p.requires_grad for p in mean.model.parameters())
+
+
+@pytest.mark.parametrize('layer', ['0', 'module'])
+def test_layer_of_the_running_mean(layer, extracted):
+    learn = blob_learner()
+    learn.fit(1, cbs=LPCallback(ema=0., layer=learn.model[0] if layer == 'module' else layer))
+    other = blob_learner()
+    other.fit(1, cbs=LPCallback(layer=other.model[0] if layer == 'module' else layer))
+    assert extracted[0].feats.shape == (120, 16) and torch.equal(extracted[0].feats, extracted[1].feats) and torch.equal(flat_weights(learn), flat_weights(other))
+
+
+def test_running_mean_of_buffers():
+    model, d = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), .75
+    mean = RunningMean(model, d)
+    before = mean.model[1].running_var.clone()
+    with torch.no_grad(): model[1].running_var.fill_(5.)
+    model[1].num_batches_tracked += 3
+    update_mean(mean.model, model, d, buffers=True)
+    torch.testing.assert_close(mean.model[1].running_var, d*before + (1-d)*5)
+    assert mean.model[1].num_batches_tracked == 3
+
+
+def test_exported_learner_has_no_running_mean(tmp_path):
+    learn = trained(ema=.9)
+    learn.path = tmp_path
+    learn.add_cb(LPCallback(ema=.9))
+    learn.fit(1)
+    assert learn.lp_record.mean is not None
+    learn.export('x.pkl')
+    assert learn.lp_record.mean is not None
+    small = load_learner(tmp_path/'x.pkl')
+    assert small.lp.record.mean is None
+
+
 def test_descriptors_averaged_over_views():
     class Noise(Mark):
         def encodes(self, x: torch.Tensor): return x + .5*torch.randn(x.shape)
     learn = blob_learner()
-    plain = extract_features(learn)
+    plain = Extractor()(learn)
     for n in (1, 2, 5):  # without augmentation, all views are the same
-        again = extract_features(learn, augment=n)
+        again = Extractor(augment=n)(learn)
         torch.testing.assert_close(again.feats, plain.feats)
         torch.testing.assert_close(again.logits, plain.logits)
     learn.dls.train.after_batch.add(Noise())
-    assert torch.equal(extract_features(learn).feats, plain.feats)
+    assert torch.equal(Extractor()(learn).feats, plain.feats)
     state = torch.get_rng_state()
     views = []
-    mean = extract_features(learn, augment=3)
+    mean = Extractor(augment=3)(learn)
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(mean.feats.norm(dim=1), torch.ones(120))
-    many = extract_features(learn, augment=30)
-    assert (many.feats*plain.feats).sum(1).mean() > (mean.feats*plain.feats).sum(1).mean() > (extract_features(learn, augment=1).feats*plain.feats).sum(1).mean()
-    assert (many.logits-plain.logits).norm() < (extract_features(learn, augment=1).logits-plain.logits).norm()
+    many = Extractor(augment=30)(learn)
+    assert (many.feats*plain.feats).sum(1).mean() > (mean.feats*plain.feats).sum(1).mean() > (Extractor(augment=1)(learn).feats*plain.feats).sum(1).mean()
+    assert (many.logits-plain.logits).norm() < (Extractor(augment=1)(learn).logits-plain.logits).norm()
 
 
 def test_views_in_a_temporary_file(tmp_path):
     learn = blob_learner()
-    a, b = (extract_features(learn, augment=2, max_bytes=m) for m in (2**32, 0))
+    a, b = (Extractor(augment=2, max_bytes=m)(learn) for m in (2**32, 0))
     assert torch.equal(a.feats, b.feats) and torch.equal(a.logits, b.logits)
 
 
@@ -331,6 +386,18 @@ def test_backbone(shape, extracted):
         assert found.logits.shape == (120, 3)
     assert net.training and net.drop.training and all(torch.equal(a, b) for a, b in zip(before, net.parameters()))  # as it was, and not trained
     assert torch.equal(learn.lp_record.pseudo.labels, Diffusion()(expected, torch.zeros(120, 3), torch.where(torch.arange(120) < 9, data.truth[:120], -1)).labels)
+
+
+def test_a_second_fit_goes_on_with_the_mean_and_another_model_begins_anew():
+    learn = blob_learner(cbs=LPCallback(ema=.9))
+    learn.fit(1)
+    mean, steps = learn.lp_record.mean, learn.lp_record.mean.step
+    learn.fit(1)
+    assert learn.lp_record.mean is mean and mean.step == 2*steps
+    learn.model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+    learn.opt = None
+    learn.fit(1)
+    assert learn.lp_record.mean is not mean and learn.lp_record.mean.step == steps
 
 
 # A backbone beside the network
@@ -368,4 +435,4 @@ def test_thumbnail():
         with pytest.raises(ValueError, match='Thumbnail is for images'): Thumbnail()(other)
         assert Thumbnail(strict=False)(other).shape == (3, 0)
     learn = blob_learner()
-    torch.testing.assert_close(extract_features(learn, backbone=Thumbnail(strict=False), beside=1.).feats, extract_features(learn).feats)
+    torch.testing.assert_close(extract_features(learn, backbone=Thumbnail(strict=False), beside=1.).feats, Extractor()(learn).feats)

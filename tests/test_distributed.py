@@ -111,10 +111,10 @@ def extraction(rank, path):
     count = model.register_forward_hook(lambda m, args, out: rows.append(len(out)))
     learn.model = DistributedDataParallel(model)
     rows.clear()
-    with work_shared(rank, 2): shared = extract_features(learn)
+    with work_shared(rank, 2): shared = Extractor()(learn)
     own = sum(rows)
     learn.model.eval()(torch.zeros(1, 8))  # a forward with gradients: at the next one the wrapper waits for the first process's buffers
-    alone = extract_features(learn) if rank == 1 else None
+    alone = Extractor()(learn) if rank == 1 else None
     count.remove()
     return dict(feats=shared.feats, logits=shared.logits, own=own, alone=alone and alone.feats)
 
@@ -209,7 +209,7 @@ def test_rows_are_gathered_in_the_order_of_ranks(ranks):
 
 def test_shares_of_the_extraction_are_the_whole(ranks, tmp_path):
     learn = learner(tmp_path)
-    one = extract_features(learn)
+    one = Extractor()(learn)
     assert [r['extraction']['own'] for r in ranks] == [60, 61]
     for r in ranks:
         torch.testing.assert_close(r['extraction']['feats'], one.feats)
@@ -224,7 +224,7 @@ def test_pseudo_labels_are_the_first_process_s_and_those_of_one(ranks, tmp_path)
     for feats, state in zip(a['feats'], a['states']):
         learn = learner(tmp_path)
         learn.model.load_state_dict(state)
-        found = extract_features(learn)
+        found = Extractor()(learn)
         torch.testing.assert_close(feats, found.feats)
         one = Diffusion()(*found, learn.dls.train.targets)
     assert torch.equal(a['pseudo']['labels'], one.labels) and torch.equal(a['pseudo']['reached'], one.reached)

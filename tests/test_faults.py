@@ -380,7 +380,7 @@ def test_an_error_of_the_model_is_no_broken_item(data):
     class Fails(nn.Module):
         def forward(self, x): raise RuntimeError('of the model')
     learn = blob_learner(data, model=nn.Sequential(Fails(), *blob_model()))
-    with pytest.raises(RuntimeError, match='of the model'): extract_features(learn)
+    with pytest.raises(RuntimeError, match='of the model'): Extractor()(learn)
 
 
 # Files that were damaged or changed

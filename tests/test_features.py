@@ -12,7 +12,7 @@ import fastai_lp.learner.callback
 from conftest import blob_learner, blob_model, blobs
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.experiments.datasets import digits, digits_dls
-from fastai_lp.learner.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
+from fastai_lp.learner.features import L2Linear, add_l2norm, extract_features, find_classifier, find_feature_layer
 from fastai_lp.experiments.models import small_convnet
 
 
@@ -26,7 +26,7 @@ from fastai_lp.experiments.models import small_convnet
 ])
 def test_descriptor_of_common_models(make, d):
     model = make().eval()
-    module, is_input = find_descriptor(model, 4)
+    module, is_input = find_feature_layer(model, 4)
     seen = []
     hook = module.register_forward_hook(lambda m, i, o: seen.append(i[0] if is_input else o))
     model(torch.randn(2, 3, 64, 64))
@@ -36,12 +36,12 @@ def test_descriptor_of_common_models(make, d):
 
 def test_features_of_a_layer():
     learn = blob_learner()
-    full = extract_features(learn)
+    full = Extractor()(learn)
     learn.model.eval()
     x = blobs().x[:120]
     torch.testing.assert_close(full.feats, F.normalize(learn.model[:4](x)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(full.logits, learn.model(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(extract_features(learn, layer='0').feats, F.normalize(learn.model[0](x)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Extractor('0')(learn).feats, F.normalize(learn.model[0](x)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(extract_features(learn, layer=learn.model[2], dl=learn.dls.valid).feats, F.normalize(learn.model[:3](blobs().x[120:])), rtol=1e-4, atol=1e-5)
 
 
@@ -56,7 +56,7 @@ def test_clean_items_although_training_augments():
     data = blobs()
     dsets = Datasets(range(150), [[Look(data.x), Noise()], [Look(data.labels), SemiCategorize()]], splits=[list(range(120)), list(range(120, 150))])
     learn = Learner(dsets.semi_dataloaders(bs=16, num_workers=0, device='cpu', after_batch=[Noise()]), blob_model())
-    a, b = extract_features(learn), extract_features(learn)
+    a, b = Extractor()(learn), Extractor()(learn)
     learn.model.eval()
     torch.testing.assert_close(a.logits, learn.model(data.x[:120]), rtol=1e-4, atol=1e-5)
     assert torch.equal(a.feats, b.feats)
@@ -79,15 +79,15 @@ def test_l2_layer_keeps_parameters_optimizer_and_state():
 
 def test_layer_of_a_shape_that_is_no_descriptor():
     learn = blob_learner(model=nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Identity(), nn.Flatten(), nn.Linear(8, 3)))
-    with pytest.raises(ValueError, match='expected \\[batch, d\\]'): extract_features(learn, layer='1')
-    with pytest.raises(ValueError, match='is not in the model'): extract_features(learn, layer='head')
+    with pytest.raises(ValueError, match='expected \\[batch, d\\]'): Extractor('1')(learn)
+    with pytest.raises(ValueError, match='is not in the model'): Extractor('head')(learn)
 
 
 def test_augmented_items_where_asked_for(monkeypatch):
     learn = Learner(digits_dls(digits(20)), small_convnet(10))
-    clean = extract_features(learn).feats
-    a, b = (extract_features(learn, augment=True).feats for _ in range(2))
-    assert torch.equal(clean, extract_features(learn).feats) and torch.equal(a, b)  # the random state is as it was
+    clean = Extractor()(learn).feats
+    a, b = (Extractor(augment=True)(learn).feats for _ in range(2))
+    assert torch.equal(clean, Extractor()(learn).feats) and torch.equal(a, b)  # the random state is as it was
     assert ((a-clean).norm(dim=1) > 0).float().mean() > .99 and (a*clean).sum(1).mean() > .8
     seen, real = [], fastai_lp.learner.callback.extract_features
     monkeypatch.setattr(fastai_lp.learner.callback, 'extract_features', lambda *args, augment, **k: seen.append(augment) or real(*args, augment=augment, **k))

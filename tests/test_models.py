@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from conftest import blob_learner, blobs
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
+from fastai_lp.learner.features import L2Linear, add_l2norm, extract_features, find_classifier, find_feature_layer
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback, teacher_in_place
 from fastai_lp.experiments.models import ConvNet13, WNConv2d, WNL2Linear, WNLinear, resnet18_84, small_convnet
 
@@ -128,7 +128,7 @@ def test_dual_heads(make, size):
     assert one.shape == two.shape == (4, 5) and not torch.equal(one, two)
     net.eval()
     assert torch.equal(net(x), net.head1(net.body(x)))
-    assert find_classifier(net, 5) is net.head1 and find_descriptor(net, 5) == (net.head1, True)
+    assert find_classifier(net, 5) is net.head1 and find_feature_layer(net, 5) == (net.head1, True)
     single = make(5)
     assert single.head2 is None and isinstance(single(x), torch.Tensor)
     left = single.load_state_dict(net.state_dict(), strict=False)                     # one network's weights in the other
@@ -177,7 +177,7 @@ def test_add_l2norm_refuses_a_weight_it_does_not_know():
 def test_small_convnet_takes_colour_at_any_width(l2):
     for width in (8, 32):
         net = small_convnet(5, n_in=3, width=width, l2=l2)
-        assert net(images()).shape == (4, 5) and find_descriptor(net, 5) == (net[-1], True)
+        assert net(images()).shape == (4, 5) and find_feature_layer(net, 5) == (net[-1], True)
         assert net[-1].in_features == 2*width and isinstance(net[-1], L2Linear) == l2
 
 
@@ -189,7 +189,7 @@ def test_resnet18_84_is_the_papers():
         assert abs(conv.weight.std().item()/(2/(conv.out_channels*conv.kernel_size[0]**2))**.5 - 1) < .05, conv    # Kaiming, fan-out
     block = lambda i, o: (i*o + o*o)*9 + 4*o + (i*o + 2*o if i != o else 0)
     assert n_params(net) == 3*64*49 + 2*64 + sum(block(i, o) + block(o, o) for i, o in ((64, 64), (64, 128), (128, 256), (256, 512))) + 513*64
-    assert find_descriptor(net, 64) == (net.head1, True)
+    assert find_feature_layer(net, 64) == (net.head1, True)
 
 
 @pytest.mark.parametrize('make, size', [(lambda: ConvNet13(5, dual=True), 12), (lambda: resnet18_84(5, dual=True), 84)], ids=['13', 'resnet'])
@@ -249,7 +249,7 @@ def test_ordinary_use_in_a_learner(dual, make, d, tmp_path):
     preds, targets = learn.get_preds()
     assert preds.shape == (12, 3)
     x = learn.dls.valid_ds[0][0]
-    found = extract_features(learn)
+    found = Extractor()(learn)
     assert found.feats.shape == (36, d) and found.logits.shape == (36, 3)
     net = learn.model.eval()
     all_x = torch.stack([o[0] for o in learn.dls.train_ds])

@@ -12,7 +12,7 @@ from fastai.learner import Learner
 
 # %% ../../nbs/learner/09_scoped.ipynb #d48b018a
 class FitScoped(Callback):
-    "A callback whose changes to the Learner end with the fit, however it ends: its `restore` puts them back, and is harmless where nothing is to be put back"
+    "A callback whose changes to the Learner end with the fit, however it ends. Its `restore` undoes them, and can be called at any time"
     @property
     def learn(self): return self.__dict__.get('_learn')
     @learn.setter
@@ -21,16 +21,20 @@ class FitScoped(Callback):
         self.__dict__['_learn'] = learn
 
     @property
-    def _inference(self): return self.learn.lock.locked()  # validate, predict, get_preds: fastai holds the lock, and fires before_fit and before_epoch
+    def _inference(self):
+        "validate, predict and get_preds fire before_fit and before_epoch too; fastai holds a lock while they run"
+        return self.learn.lock.locked()
 
+    def restore(self): "Undo what a fit changes"
 
-_fastais = getattr(Learner._with_events, 'fastais', Learner._with_events)  # a module that is loaded again does not wrap twice
+# %% ../../nbs/learner/09_scoped.ipynb #6e11ab22
+_original = getattr(Learner._with_events, 'original', Learner._with_events)
 
 
 @patch
 def _with_events(self:Learner, f, event_type, *args, **kwargs):
-    "As fastai's; where an error ends a fit, for which fastai has no event, every `FitScoped` callback restores at once"
-    try: return _fastais(self, f, event_type, *args, **kwargs)
+    "As in fastai; if an error ends a fit, every `FitScoped` callback restores at once"
+    try: return _original(self, f, event_type, *args, **kwargs)
     except CancelFitException: raise
     except BaseException:
         if event_type in ('epoch', 'fit'):
@@ -38,4 +42,4 @@ def _with_events(self:Learner, f, event_type, *args, **kwargs):
                 if isinstance(cb, FitScoped): cb.restore()
         raise
 
-Learner._with_events.fastais = _fastais
+Learner._with_events.original = _original
