@@ -28,7 +28,8 @@ from fastai_lp.learner.data import SemiCategorize
 from fastai_lp.learner.splitting import hide_labels
 from fastai_lp.experiments.datasets import Rows, digits
 from fastai_lp.experiments.commands import environment
-from fastai_lp.learner.features import extract_features, find_classifier
+from fastai_lp.learner.features import Extractor
+from fastai_lp.learner.layers import find_classifier
 from fastai_lp.transductive.pseudo import propagate
 
 
@@ -67,7 +68,7 @@ def run(x, y, train, test, per_class, seed, steps, epochs):
         *_, before_last, classifier = learn.model[1].children()   # a Dropout, which does nothing in evaluation mode, and the last Linear
         assert classifier is find_classifier(learn.model, 10)
         layer = None if where == 'pooled' else before_last
-        def pseudo_accuracy(): return propagate(extract_features(learn, layer).feats, shown).accuracy(y[train])
+        def pseudo_accuracy(): return propagate(Extractor(layer)(learn).feats, shown).accuracy(y[train])
         with learn.no_bar(), learn.no_logging():
             row = [pseudo_accuracy()]
             learn.dls = labeled

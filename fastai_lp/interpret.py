@@ -22,8 +22,8 @@ from fastai.tabular.core import Tabular
 from fastai.torch_core import TensorImageBase, show_image
 from fastai.vision.core import PILBase
 
-from .utils.files import read_json_lines, read_npz, atomic_write
-from .learner.callback import _vocab
+from .utils.files import read_json_lines, read_npz, written_whole
+from .learner.record import class_names
 from .transductive.curation import label_issues, suggest
 from .transductive.graph import affinity
 from .transductive.pseudo import PseudoLabels, spread
@@ -132,7 +132,7 @@ class LPInterpretation:
         if record is None or record.pseudo is None:
             raise ValueError("this Learner has no pseudo-labels: fit it with LPCallback first (an exported Learner leaves them behind; `save` keeps them in a file)")
         dl = getattr(learn.dls.train, 'dl', learn.dls.train)
-        return cls(record.pseudo, record.history, record.truth if truth is None else truth, _names_of(dl), _vocab(learn.dls), dl)
+        return cls(record.pseudo, record.history, record.truth if truth is None else truth, _names_of(dl), class_names(learn.dls), dl)
 
     @classmethod
     def from_results(cls,
@@ -183,7 +183,7 @@ class LPInterpretation:
         fname, # path of the file
     )->Path:
         "`to_df` as a file: the hand-off to whatever uses the labels. The label of an unreached item is empty"
-        with atomic_write(fname) as f: self.to_df().to_csv(f, index=False)
+        with written_whole(fname) as f: self.to_df().to_csv(f, index=False)
         return Path(fname)
 
     def plot_certainty(self, ax=None, bins:int=25):

@@ -21,7 +21,7 @@ from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import targets_of
 from fastai_lp.learner.streams import TwoStream
 from fastai_lp.experiments.datasets import ImageArrays, cifar10, digits, show_labels
-from fastai_lp.learner.features import extract_features
+from fastai_lp.learner.features import Extractor
 from fastai_lp.interpret import LPInterpretation
 
 shared = Path(__file__).resolve().parents[2]/'shared'/'data'

@@ -19,7 +19,7 @@ from conftest import Look, Spy, blob_learner, blob_model, blobs, flat_weights, i
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize
 from fastai_lp.utils.ema import RunningMean, ema_decay, update_mean
-from fastai_lp.learner.features import extract_features
+from fastai_lp.learner.features import Extractor
 from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.mixing import StreamMixUp
@@ -425,7 +425,7 @@ def test_beside_of_zero_is_the_network_alone():
 
 
 def test_thumbnail():
-    from fastai_lp.learner.features import Thumbnail
+    from fastai_lp.learner.layers import Thumbnail
     x = torch.randn(3, 2, 16, 32)
     t = Thumbnail(8)(x)
     small = x.unflatten(2, (4, 4)).unflatten(4, (8, 4)).mean((3, 5)).flatten(1)

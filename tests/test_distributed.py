@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import blob_learner, blobs, flat_weights
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.utils.distributed import gather_rows, place, unwrapped, work_shared
-from fastai_lp.learner.features import extract_features
+from fastai_lp.learner.features import Extractor
 from fastai_lp.transductive.labelers import Diffusion
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.resume import ResumeCallback

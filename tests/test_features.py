@@ -12,7 +12,8 @@ import fastai_lp.learner.callback
 from conftest import blob_learner, blob_model, blobs
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.experiments.datasets import digits, digits_dls
-from fastai_lp.learner.features import L2Linear, add_l2norm, extract_features, find_classifier, find_feature_layer
+from fastai_lp.learner.features import Extractor
+from fastai_lp.learner.layers import L2Linear, add_l2norm, find_classifier, find_feature_layer
 from fastai_lp.experiments.models import small_convnet
 
 

@@ -48,7 +48,7 @@ from fastai_lp.learner.data import SemiCategoryBlock, targets_of
 from fastai_lp.learner.streams import TwoStream, semi_dls
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.experiments.datasets import digits, digits_folder
-from fastai_lp.learner.features import find_classifier
+from fastai_lp.learner.layers import find_classifier
 from fastai_lp.transductive.labelers import Diffusion
 
 

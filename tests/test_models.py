@@ -13,7 +13,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from conftest import blob_learner, blobs
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.features import L2Linear, add_l2norm, extract_features, find_classifier, find_feature_layer
+from fastai_lp.learner.features import Extractor
+from fastai_lp.learner.layers import L2Linear, add_l2norm, find_classifier, find_feature_layer
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback, teacher_in_place
 from fastai_lp.experiments.models import ConvNet13, WNConv2d, WNL2Linear, WNLinear, resnet18_84, small_convnet
 

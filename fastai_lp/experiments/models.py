@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from ..learner.features import L2Linear
+from ..learner.layers import L2Linear
 
 # %% ../../nbs/experiments/01_models.ipynb #75a05361
 def _conv(n_in, n_out, stride=1): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())

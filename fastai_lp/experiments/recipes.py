@@ -15,7 +15,8 @@ from functools import partial
 from fastai.callback.schedule import ParamScheduler
 
 from ..learner.callback import LPCallback
-from ..learner.features import Thumbnail
+from ..learner.features import Extractor
+from ..learner.layers import Thumbnail
 from ..transductive.labelers import GTG, Diffusion, NetworkPrediction
 from ..learner.mixing import StreamCutMix, StreamMixUp
 from ..transductive.poisson import Poisson
@@ -112,9 +113,9 @@ def beyond(
     tricks = dict(recipe.tricks or {})
     kind, _, streams = tricks.pop('mix', '').partition(' ')
     mix = [dict(mixup=StreamMixUp, cutmix=StreamCutMix)[kind](streams=streams)] if kind else []
-    if isinstance(tricks.get('strong_tfms'), dict): tricks['strong_tfms'] = strong_tfms(**tricks['strong_tfms'])
-    if tricks.get('backbone') == 'thumbnail': tricks['backbone'] = Thumbnail()
-    more = dict(truth=truth, augment=tricks.pop('augment', int(recipe.augment_descriptors)))
+    if isinstance(tricks.get('unlabeled_tfms'), dict): tricks['unlabeled_tfms'] = strong_tfms(**tricks['unlabeled_tfms'])
+    if 'features' in tricks: tricks['features'] = Extractor(backbone=Thumbnail(), **tricks['features'])
+    more = dict(truth=truth) | (dict(features=Extractor(augment=True)) if recipe.augment_descriptors else {})
     if method == 'strong': return [LPCallback.strong(**more, **tricks), *mix]
     labeler = _labeler(method, recipe)
     if tricks.get('labeler') == 'poisson': labeler = Poisson(recipe.k, recipe.gamma, omega=recipe.omega, omega_norm=recipe.omega_norm, zeta=recipe.zeta, zeta_norm=recipe.zeta_norm)
