@@ -22,7 +22,7 @@ from fastai.tabular.core import Tabular
 from fastai.torch_core import TensorImageBase, show_image
 from fastai.vision.core import PILBase
 
-from .utils.files import read_json_lines, read_npz, written_whole
+from .utils.files import read_json_lines, read_npz, atomic_write
 from .learner.record import class_names
 from .transductive.curation import label_issues, suggest
 from .transductive.graph import affinity
@@ -183,7 +183,7 @@ class LPInterpretation:
         fname, # path of the file
     )->Path:
         "`to_df` as a file: the hand-off to whatever uses the labels. The label of an unreached item is empty"
-        with written_whole(fname) as f: self.to_df().to_csv(f, index=False)
+        with atomic_write(fname) as f: self.to_df().to_csv(f, index=False)
         return Path(fname)
 
     def plot_certainty(self, ax=None, bins:int=25):

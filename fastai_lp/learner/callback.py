@@ -38,7 +38,7 @@ from .record import LPRecord, class_names, truth_of
 from .scoped import FitScoped
 from .streams import TwoStream, warn_of_unlabeled_validation
 
-# %% ../../nbs/learner/13_callback.ipynb #3326a178
+# %% ../../nbs/learner/13_callback.ipynb #2a4ab06f
 _constraints = dict(warmup=integer(0), every=integer(1),
     mixup=Constraint('None, True, or a number above 0', lambda o: o in (None, False) or o > 0))
 
@@ -77,7 +77,7 @@ class LPCallback(FitScoped):
         super()._init_state()
         self._fit = self._data = self.truth = None
 
-# %% ../../nbs/learner/13_callback.ipynb #57f8d599
+# %% ../../nbs/learner/13_callback.ipynb #28d2e636
 @patch(cls_method=True)
 def strong(cls:LPCallback,
     **changes # arguments of `LPCallback` that differ; a `labeler` replaces the settings of the labeler
@@ -90,7 +90,7 @@ def strong(cls:LPCallback,
     features = Extractor(backbone=Thumbnail(strict=False), weight=1.)
     return cls(**{**dict(features=features, unlabeled_tfms=True, mixup=True), **labels, **changes})
 
-# %% ../../nbs/learner/13_callback.ipynb #68225652
+# %% ../../nbs/learner/13_callback.ipynb #74d98ea1
 class LPFit(EpochPlan):
     "What an `LPCallback` holds during one fit"
     def __init__(self, dl, start, lr_find):
@@ -101,7 +101,7 @@ class LPFit(EpochPlan):
         self.truth = self.hard = self.mismatch = None
         self.warned = {}  # problem: whether the user has been warned of it
 
-# %% ../../nbs/learner/13_callback.ipynb #36b7e5e3
+# %% ../../nbs/learner/13_callback.ipynb #31362a55
 @patch
 def restore(self:LPCallback):
     "Undo all that a fit changes: loss, order and mode of the data, metrics"
@@ -120,7 +120,7 @@ def _end_epoch(self:LPCallback):
     self._remove_mix()
     if self._fit is not None: self._fit.undo()
 
-# %% ../../nbs/learner/13_callback.ipynb #bb2a9e68
+# %% ../../nbs/learner/13_callback.ipynb #4054c58a
 @patch
 def _add_mix(self:LPCallback):
     if not self.mixup or self._fit.warm: return
@@ -138,7 +138,7 @@ def _remove_mix(self:LPCallback):
     self.learn.remove_cb(self._mix)
     self._mix = None
 
-# %% ../../nbs/learner/13_callback.ipynb #627a4426
+# %% ../../nbs/learner/13_callback.ipynb #485681b4
 @patch
 def before_fit(self:LPCallback):
     "Check the data, the loss and the model; add columns to the table of the Recorder"
@@ -153,7 +153,7 @@ def before_fit(self:LPCallback):
     self.learn.lp_record = self.record
     if not fit.lr_find: self.learn.metrics = self.metrics + self._columns()
 
-# %% ../../nbs/learner/13_callback.ipynb #044a006e
+# %% ../../nbs/learner/13_callback.ipynb #8b4adaec
 @patch
 def _check_data(self:LPCallback, fit):
     learn, dl = self.learn, fit.dl
@@ -172,7 +172,7 @@ def _check_data(self:LPCallback, fit):
     fit.y = y.to(learn.dls.device)
     if self.truth is not None: fit.truth = truth_of(self.truth, dl, y, vocab).to(fit.y.device)
 
-# %% ../../nbs/learner/13_callback.ipynb #24703763
+# %% ../../nbs/learner/13_callback.ipynb #e16bc0b7
 @patch
 def _check_model(self:LPCallback):
     learn, features = self.learn, self.features
@@ -180,7 +180,7 @@ def _check_model(self:LPCallback):
     if features.backbone is None or features.weight: find_feature_layer(learn.model, learn.dls.c, features.layer)
     if features.layer is None: find_classifier(learn.model, learn.dls.c)
 
-# %% ../../nbs/learner/13_callback.ipynb #b449342a
+# %% ../../nbs/learner/13_callback.ipynb #90639109
 @patch
 def _columns(self:LPCallback):
     "Metrics for the Recorder, which all loggers of fastai see"
@@ -190,7 +190,7 @@ def _columns(self:LPCallback):
     keys = ['accuracy']*(self.truth is not None) + ['certainty', 'sec']
     return [ValueMetric(partial(last, key), f'lp_{key}') for key in keys]
 
-# %% ../../nbs/learner/13_callback.ipynb #7decdf44
+# %% ../../nbs/learner/13_callback.ipynb #e8ab6483
 @patch
 def before_epoch(self:LPCallback):
     "Decide whether this epoch is a warm-up epoch, and whether its pseudo-labels are due"
@@ -207,7 +207,7 @@ def _still_valid(self:LPCallback):
     p, y = self.record.pseudo, self._fit.y
     return p is not None and self._data is self._fit.dl.dataset and torch.equal(torch.where(p.labeled, p.labels, -1), y)
 
-# %% ../../nbs/learner/13_callback.ipynb #2fa76a2c
+# %% ../../nbs/learner/13_callback.ipynb #cbfa49c4
 @patch
 def before_train(self:LPCallback):
     "Renew the pseudo-labels if they are due, and prepare the batches of the epoch"
@@ -229,7 +229,7 @@ def _update(self:LPCallback):
     self._record(found, pseudo, start, extracted)
     self._advise(pseudo)
 
-# %% ../../nbs/learner/13_callback.ipynb #72715f57
+# %% ../../nbs/learner/13_callback.ipynb #21f88ce0
 @contextmanager
 def _bars(parent, show):
     "A progress bar for each stage of the labeling, under `parent`"
@@ -248,7 +248,7 @@ def _bar(self:LPCallback):
     progress = getattr(self.learn, 'progress', None)
     return dict(parent=getattr(progress, 'mbar', None), show=progress is not None)
 
-# %% ../../nbs/learner/13_callback.ipynb #54fa808f
+# %% ../../nbs/learner/13_callback.ipynb #38aec0a8
 @patch
 def _extract(self:LPCallback):
     found, c = self.features(self.learn, progress=self.epoch/self.n_epoch, **self._bar()), self.dls.c
@@ -265,7 +265,7 @@ def _label(self:LPCallback, found):
     if fit.world == 1: return pseudo
     return replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k != 'W'})  # W is made of gathered neighbors
 
-# %% ../../nbs/learner/13_callback.ipynb #6b7b6bae
+# %% ../../nbs/learner/13_callback.ipynb #48410c0a
 @patch
 def _record(self:LPCallback, found, pseudo, start, extracted):
     fit = self._fit
@@ -280,7 +280,7 @@ def _record(self:LPCallback, found, pseudo, start, extracted):
     self.record.pseudo, self.record.truth, self._data = pseudo, fit.truth, fit.dl.dataset
     self.record.history.append(row)
 
-# %% ../../nbs/learner/13_callback.ipynb #99abd547
+# %% ../../nbs/learner/13_callback.ipynb #89d78703
 @patch
 def _advise(self:LPCallback, pseudo):
     fit, found = self._fit, advice(pseudo, class_names(self.dls))
@@ -290,7 +290,7 @@ def _advise(self:LPCallback, pseudo):
         if fit.warned[what] and fit.rank == 0: warnings.warn(f"LPCallback, epoch {fit.epoch}: {message}")
     fit.warned = {k: v for k, v in fit.warned.items() if v or k in found}
 
-# %% ../../nbs/learner/13_callback.ipynb #fce206ef
+# %% ../../nbs/learner/13_callback.ipynb #67ff084e
 @patch
 def _prepare(self:LPCallback):
     fit, p = self._fit, self.record.pseudo
@@ -303,7 +303,7 @@ def _prepare(self:LPCallback):
     fit.mismatch = torch.zeros((), dtype=torch.bool, device=fit.y.device)
     self.learn.loss_func = PseudoLabelLoss(unwrap_loss(self.loss_func))
 
-# %% ../../nbs/learner/13_callback.ipynb #17cbcb89
+# %% ../../nbs/learner/13_callback.ipynb #1d50d23f
 @patch
 def before_batch(self:LPCallback):
     "Make one-hot rows times ω·ζ of the targets"
@@ -319,7 +319,7 @@ def before_batch(self:LPCallback):
     self.batch_unlabeled = fit.y[idx] < 0
     self.learn.yb = (weighted_targets(labels, weights, self.dls.c),)
 
-# %% ../../nbs/learner/13_callback.ipynb #ead7fb97
+# %% ../../nbs/learner/13_callback.ipynb #22619916
 @patch
 def _check_order(self:LPCallback, given, idx):
     fit = self._fit
@@ -338,7 +338,7 @@ def _out_of_order(self:LPCallback):
     raise ValueError("the batches do not contain the items of the planned order: items that skip themselves, or a DataLoader that does not "
         "follow get_idxs, cannot be matched with their pseudo-labels")
 
-# %% ../../nbs/learner/13_callback.ipynb #8c126987
+# %% ../../nbs/learner/13_callback.ipynb #00671c9e
 @patch
 def _check_inputs(self:LPCallback):
     fit, xb = self._fit, self.learn.xb
@@ -349,7 +349,7 @@ def _check_inputs(self:LPCallback):
         warnings.warn(f"LPCallback: unlabeled_tfms=True is for images, and the inputs are {', '.join(type(o).__name__ for o in xb)}: they are "
             "not transformed. Pass transforms for such a batch, or unlabeled_tfms=None")
 
-# %% ../../nbs/learner/13_callback.ipynb #9cb3e2e8
+# %% ../../nbs/learner/13_callback.ipynb #72b5c684
 @patch
 def after_loss(self:LPCallback):
     "Make the target the label or pseudo-label as an integer, for metrics of the training set"
@@ -359,7 +359,7 @@ def after_loss(self:LPCallback):
 
 LPCallback.after_cancel_batch = LPCallback.after_loss
 
-# %% ../../nbs/learner/13_callback.ipynb #9a31aa12
+# %% ../../nbs/learner/13_callback.ipynb #27a12ced
 @patch
 def after_train(self:LPCallback):
     "Undo what the epoch changed"
@@ -380,7 +380,7 @@ def after_fit(self:LPCallback):
     "Undo all that the fit changed"
     if not self._inference: self.restore()
 
-# %% ../../nbs/learner/13_callback.ipynb #1704efb3
+# %% ../../nbs/learner/13_callback.ipynb #7a12755d
 @patch
 def state_dict(self:LPCallback)->dict: # tensors, numbers and strings
     "Return the history and the pseudo-labels"

@@ -21,7 +21,7 @@ class EpochPlan:
         dl:DataLoader, # a fastai DataLoader
     ): self.dl, self.frozen, self.own_pipeline = dl, None, None
 
-# %% ../../nbs/learner/10_epoch.ipynb #1e5fc400
+# %% ../../nbs/learner/10_epoch.ipynb #a97a4ee5
 @patch
 def fix_order(self:EpochPlan,
     dl:DataLoader, # the one that is iterated over: `dl` of this plan, or fastai's `DistributedDL` around it
@@ -49,7 +49,7 @@ def release_order(self:EpochPlan):
     if own is None: dl.__dict__.pop('get_idxs', None)
     else: dl.get_idxs = own
 
-# %% ../../nbs/learner/10_epoch.ipynb #989a8e0f
+# %% ../../nbs/learner/10_epoch.ipynb #d788f06f
 @patch
 def add_unlabeled_tfms(self:EpochPlan,
     tfms:list, # batch transforms

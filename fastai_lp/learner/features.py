@@ -27,7 +27,7 @@ from ..utils.files import reserve
 from ..transductive.settings import rows_not_finite
 from .layers import find_feature_layer
 
-# %% ../../nbs/learner/08_features.ipynb #1e87c410
+# %% ../../nbs/learner/08_features.ipynb #5e880433
 class Features(NamedTuple):
     "What an `Extractor` returns: one row per item, in the order of the dataset"
     feats:torch.Tensor # float32 [n, d], ℓ2-normalized
@@ -52,7 +52,7 @@ class Extractor:
         if self.backbone is not None and self.weight is None and self.layer is not None:
             raise ValueError("layer= is a layer of the trained model and backbone= another network: pass one of them, or a weight= to join them")
 
-# %% ../../nbs/learner/08_features.ipynb #aa0be670
+# %% ../../nbs/learner/08_features.ipynb #b0bb4ba6
 @contextmanager
 def _same_modes(*models):
     modes = {m: m.training for model in models if model is not None for m in model.modules()}
@@ -70,7 +70,7 @@ def _same_transforms(dl):
     finally:
         for o, mode in zip(pipelines, modes): o.split_idx = mode
 
-# %% ../../nbs/learner/08_features.ipynb #b309f8b2
+# %% ../../nbs/learner/08_features.ipynb #a15114fa
 @contextmanager
 def _same_random_state():
     state = get_random_states()
@@ -88,7 +88,7 @@ def _no_trace(dl, model, backbone, augment):
         stack.enter_context(_same_modes(model, backbone))
         yield
 
-# %% ../../nbs/learner/08_features.ipynb #152eaa25
+# %% ../../nbs/learner/08_features.ipynb #0912a6f8
 @contextmanager
 def _captured(module, is_input):
     "A list that holds the last input or output of the module"
@@ -105,7 +105,7 @@ def _pooled(v):
     if v.ndim != 2: raise ValueError(f"the feature layer returns shape {tuple(v.shape)}, expected [batch, d] or [batch, d, height, width]")
     return v.as_subclass(torch.Tensor).float()
 
-# %% ../../nbs/learner/08_features.ipynb #211af544
+# %% ../../nbs/learner/08_features.ipynb #b1988a79
 def _unreadable(ds, idxs):
     "(index, exception) of the items that cannot be read"
     for i in idxs:
@@ -131,7 +131,7 @@ def _batches(dl, ds, idxs, bs):
         done += bs
         yield b
 
-# %% ../../nbs/learner/08_features.ipynb #c53303a2
+# %% ../../nbs/learner/08_features.ipynb #93269197
 def _empty_rows(n, like, max_bytes):
     "Rows for n items; in a temporary file, which is deleted with them, if they take more than `max_bytes`"
     size = 4*n*like.shape[1]
@@ -153,7 +153,7 @@ def _check_finite(found):
             raise ValueError(f"{name} of item(s) {bad} are NaN or infinite: check these items of the training data, "
                 "or lower the learning rate if training has diverged")
 
-# %% ../../nbs/learner/08_features.ipynb #44f89ba5
+# %% ../../nbs/learner/08_features.ipynb #279fe27a
 @patch
 def __call__(self:Extractor,
     learn:Learner, # its model and data are used
@@ -186,7 +186,7 @@ def __call__(self:Extractor,
     _check_finite(found)
     return found
 
-# %% ../../nbs/learner/08_features.ipynb #6be3a42c
+# %% ../../nbs/learner/08_features.ipynb #964dee7d
 @patch
 def _extract(self:Extractor, learn, model, dl, own, where, backbone, weight, bar):
     "The number of items extracted, and (features, logits) of the items `own`"

@@ -60,7 +60,7 @@ def _looked_up(truth, items):
         raise ValueError(f"truth knows none of the {len(rows)} training items: expected items as keys, such as {rows[0]!r}")
     return found
 
-# %% ../../nbs/learner/11_record.ipynb #4a77f5d6
+# %% ../../nbs/learner/11_record.ipynb #d82cae6d
 def class_names(
     dls:DataLoaders, # of a Learner
 )->list: # or None if they have none

@@ -27,7 +27,7 @@ class FitScoped(Callback):
 
     def restore(self): "Undo what a fit changes"
 
-# %% ../../nbs/learner/09_scoped.ipynb #6e11ab22
+# %% ../../nbs/learner/09_scoped.ipynb #55f0ca1d
 _original = getattr(Learner._with_events, 'original', Learner._with_events)
 
 
