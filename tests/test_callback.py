@@ -21,11 +21,12 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.text.data import SortedDL
 from torch import nn
 
-import fastai_lp.learner.callback
 from conftest import Look, Spy, blob_learner, blob_model, blobs, flat_weights, item_numbers
 from fastai_lp.transductive import diffusion, neighbors as search
 from fastai_lp.utils import progress as work
-from fastai_lp.learner.callback import LPCallback, truth_of
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.features import Extractor
+from fastai_lp.learner.record import truth_of
 from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock
 from fastai_lp.learner.streams import semi_dls
 from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
@@ -36,9 +37,9 @@ E = pytest.raises
 
 @pytest.fixture
 def graphs(monkeypatch):
-    "Counts the extractions, and so the graphs"
-    calls, real = [], fastai_lp.learner.callback.extract_features
-    monkeypatch.setattr(fastai_lp.learner.callback, 'extract_features', lambda *a, **k: calls.append(1) or real(*a, **k))
+    "Counts the extractions, and with them the graphs"
+    calls, real = [], Extractor.__call__
+    monkeypatch.setattr(Extractor, '__call__', lambda *a, **k: calls.append(1) or real(*a, **k))
     return calls
 
 
@@ -94,7 +95,7 @@ def test_shows_progress_with_a_bar(data, capsys):
     learn = blob_learner(data, bar=True)
     learn.fit(1, cbs=LPCallback())
     out = capsys.readouterr().out
-    assert 'lp_certainty' in out and 'descriptors' in out and 'neighbours' in out and 'diffusion' in out
+    assert 'lp_certainty' in out and 'features' in out and 'neighbors' in out and 'diffusion' in out
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -360,7 +361,7 @@ def test_extraction_interrupted(learn, monkeypatch):
     traceless(learn)
 
 
-@pytest.mark.parametrize('stage', ['neighbours', 'diffusion'])
+@pytest.mark.parametrize('stage', ['neighbors', 'diffusion'])
 def test_a_stage_interrupted(learn, stage, monkeypatch):
     "Ctrl-C between two blocks of the search, or of the classes; the next fit is as if there had been none"
     state, order = flat_weights(learn), learn.dls.train.rng.getstate()
@@ -448,9 +449,9 @@ def test_columns_of_epochs_without_an_update(data, tmp_path):
 # Refused before any training
 
 def test_mixing_a_labeler_with_graph_arguments():
-    with E(ValueError, match='pass k, gamma to it'): LPCallback(NetworkPrediction(), k=5, gamma=2)
-    with E(TypeError): LPCallback(neighbours=5)
-    for bad, match in ((dict(alpha=1.5), 'alpha=1.5'), (dict(warmup=-1), 'warmup=-1'), (dict(backend='zz'), "backend='zz'")):
+    with E(ValueError, match='pass k, gamma to NetworkPrediction'): LPCallback(NetworkPrediction(), k=5, gamma=2)
+    with E(TypeError): LPCallback(neighbors=5)
+    for bad, match in ((dict(alpha=1.5), 'alpha must be'), (dict(warmup=-1), 'warmup must be'), (dict(backend='zz'), 'backend must be')):
         with E(ValueError, match=match): LPCallback(**bad)
     assert LPCallback(k=5).labeler == Diffusion(k=5)
 
@@ -474,7 +475,7 @@ def test_refused(change, match):
 
 def test_more_outputs_than_classes_with_a_layer_of_ones_own(data):
     learn = blob_learner(model=nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 5)))
-    with E(ValueError, match='5 outputs and the data 3 classes'): learn.fit(1, cbs=LPCallback(layer='0'))
+    with E(ValueError, match='5 outputs for 3 classes'): learn.fit(1, cbs=LPCallback(features=Extractor('0')))
     assert type(learn.loss_func) is CrossEntropyLossFlat and [m.name for m in learn.metrics] == ['accuracy']
 
 
@@ -501,7 +502,7 @@ def test_labeler_and_layer_are_used(data):
     def labeler(feats, logits, y):
         seen.append((feats, logits, y))
         return NetworkPrediction()(feats, logits, y)
-    learn.fit(1, cbs=LPCallback(labeler, layer='1'))
+    learn.fit(1, cbs=LPCallback(labeler, features=Extractor('1')))
     feats, logits, y = seen[0]
     assert feats.shape == (120, 16) and logits.shape == (120, 3) and (y >= 0).sum() == 9
     torch.testing.assert_close(feats.norm(dim=1), torch.ones(120))
@@ -543,6 +544,6 @@ def test_descriptors_in_a_file_are_the_same(data, tmp_path):
     weights = []
     for max_bytes in (2**32, 100):
         learn = blob_learner(data, path=tmp_path)
-        learn.fit(2, cbs=LPCallback(max_bytes=max_bytes))
+        learn.fit(2, cbs=LPCallback(features=Extractor(max_bytes=max_bytes)))
         weights.append(flat_weights(learn))
     assert torch.equal(*weights)

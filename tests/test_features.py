@@ -1,4 +1,4 @@
-"Where the descriptor is found, and that reading it changes nothing."
+"Where the features of a model are, and that extracting them changes nothing."
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,7 @@ from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from torchvision.models import resnet18
 
-import fastai_lp.learner.callback
 from conftest import blob_learner, blob_model, blobs
-from fastai_lp.learner.callback import LPCallback
 from fastai_lp.experiments.datasets import digits, digits_dls
 from fastai_lp.learner.features import Extractor
 from fastai_lp.learner.layers import L2Linear, add_l2norm, find_classifier, find_feature_layer
@@ -23,9 +21,9 @@ from fastai_lp.experiments.models import small_convnet
     (lambda: create_timm_model('resnet18', 4, pretrained=False)[0], 1024),
     (lambda: xresnet18(n_out=4), 512),
     (lambda: resnet18(num_classes=4), 512),
-    (lambda: create_timm_model('test_vit', 4, pretrained=False, img_size=64)[0], 64),  # a transformer, which pools itself
+    (lambda: create_timm_model('test_vit', 4, pretrained=False, img_size=64)[0], 64),  # a transformer that pools by itself
 ])
-def test_descriptor_of_common_models(make, d):
+def test_features_of_common_models(make, d):
     model = make().eval()
     module, is_input = find_feature_layer(model, 4)
     seen = []
@@ -43,10 +41,10 @@ def test_features_of_a_layer():
     torch.testing.assert_close(full.feats, F.normalize(learn.model[:4](x)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(full.logits, learn.model(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(Extractor('0')(learn).feats, F.normalize(learn.model[0](x)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(extract_features(learn, layer=learn.model[2], dl=learn.dls.valid).feats, F.normalize(learn.model[:3](blobs().x[120:])), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Extractor(learn.model[2])(learn, dl=learn.dls.valid).feats, F.normalize(learn.model[:3](blobs().x[120:])), rtol=1e-4, atol=1e-5)
 
 
-def test_clean_items_although_training_augments():
+def test_extraction_does_not_augment():
     from fastai.data.core import Datasets
     from fastai.vision.augment import RandTransform
     from conftest import Look
@@ -61,7 +59,7 @@ def test_clean_items_although_training_augments():
     learn.model.eval()
     torch.testing.assert_close(a.logits, learn.model(data.x[:120]), rtol=1e-4, atol=1e-5)
     assert torch.equal(a.feats, b.feats)
-    x = torch.cat([b[0] for b in learn.dls.train])                                    # and training goes on augmenting
+    x = torch.cat([b[0] for b in learn.dls.train])                                    # but training does
     assert torch.cdist(x, data.x).min(1).values.min() > .1
 
 
@@ -78,20 +76,17 @@ def test_l2_layer_keeps_parameters_optimizer_and_state():
     with pytest.raises(ValueError, match='no nn.Linear'): add_l2norm(nn.Conv2d(3, 3, 3))
 
 
-def test_layer_of_a_shape_that_is_no_descriptor():
+def test_layer_with_a_wrong_shape():
     learn = blob_learner(model=nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Identity(), nn.Flatten(), nn.Linear(8, 3)))
     with pytest.raises(ValueError, match='expected \\[batch, d\\]'): Extractor('1')(learn)
     with pytest.raises(ValueError, match='is not in the model'): Extractor('head')(learn)
 
 
-def test_augmented_items_where_asked_for(monkeypatch):
+def test_features_of_augmented_items():
     learn = Learner(digits_dls(digits(20)), small_convnet(10))
     clean = Extractor()(learn).feats
     a, b = (Extractor(augment=True)(learn).feats for _ in range(2))
-    assert torch.equal(clean, Extractor()(learn).feats) and torch.equal(a, b)  # the random state is as it was
-    assert ((a-clean).norm(dim=1) > 0).float().mean() > .99 and (a*clean).sum(1).mean() > .8
-    seen, real = [], fastai_lp.learner.callback.extract_features
-    monkeypatch.setattr(fastai_lp.learner.callback, 'extract_features', lambda *args, augment, **k: seen.append(augment) or real(*args, augment=augment, **k))
-    for augment in (True, False):
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=LPCallback(augment=augment))
-    assert seen == [True, False]
+    assert torch.equal(clean, Extractor()(learn).feats)
+    assert torch.equal(a, b)  # the random state is as it was
+    assert ((a-clean).norm(dim=1) > 0).float().mean() > .99
+    assert (a*clean).sum(1).mean() > .8
