@@ -304,7 +304,7 @@ def test_graph_in_pieces(shows):
 @pytest.mark.parametrize('labeled_bs', [16, 20, 0])
 def test_no_room_for_both_streams(shows, data, labeled_bs):
     dls = blob_learner(data, two_stream=False).dls
-    with shows.error(BATCHES, f'`labeled_bs={labeled_bs}` with `bs=16`', 'expected at least 1 and fewer than'): semi_dls(dls, labeled_bs)
+    with shows.error(BATCHES, f'`labeled_bs={labeled_bs}` with `bs=16`', 'must be at least 1 and less than the batch size 16'): semi_dls(dls, labeled_bs)
 
 
 def test_fewer_labeled_items_than_places(shows, data):
