@@ -132,7 +132,7 @@ def test_splitter_with_a_reader_of_columns():
     for get_y in (ColReader('its label'), 'its label', lambda row: row['its label']):
         train, valid = LabeledOnlySplitter(get_y, .5, seed=0)(df)
         assert len(valid) == 10 and max(valid) < 20
-    with pytest.warns(UserWarning, match='no validation item'): LabeledOnlySplitter('its label')(df.iloc[:2])
+    with pytest.warns(UserWarning, match='the validation set is empty'): LabeledOnlySplitter('its label')(df.iloc[:2])
 
 
 def test_tta_of_training_items_is_in_order():

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pandas as pd
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.data.block import DataBlock
@@ -24,111 +25,125 @@ from .streams import semi_dls  # chkstyle: ignore (adds DataBlock.semi_dataloade
 
 # %% ../../nbs/learner/05_images.ipynb #30fb25ac
 class FolderLabel:
-    "The name of an item's folder, or None below the unlabeled one, whatever its folders there are called"
-    def __init__(self, unlabeled): self.unlabeled = Path(unlabeled)
+    "Label an item by its folder; None below the folder `unlabeled`"
+    def __init__(self,
+        unlabeled, # folder of unlabeled items
+    ): self.unlabeled = Path(unlabeled)
+
     def __call__(self, o): return None if self.unlabeled in Path(o).parents else parent_label(o)
 
-
-def sorted_by_name(files):
-    "Sorted so that the names of the folders decide nothing: by file name, and files of one name by what is in them"
+# %% ../../nbs/learner/05_images.ipynb #c56d63bc
+def sorted_by_name(
+    files:L, # paths
+)->L:
+    "Sort files in an order that does not depend on their folders"
     names = Counter(o.name for o in files)
     sizes = {o: o.stat().st_size if names[o.name] > 1 else 0 for o in files}
     same = Counter((o.name, sizes[o]) for o in files)
-    def key(o): return o.name, sizes[o], hashlib.sha256(o.read_bytes()).digest() if same[o.name, sizes[o]] > 1 else b''
-    return files.sorted(key=key)
+    def content(o): return hashlib.sha256(o.read_bytes()).digest() if same[o.name, sizes[o]] > 1 else b''
+    return files.sorted(key=lambda o: (o.name, sizes[o], content(o)))
 
-
+# %% ../../nbs/learner/05_images.ipynb #d4f607d1
 class SemiImageDataLoaders(ImageDataLoaders):
     "`ImageDataLoaders` for images of which some are unlabeled, with two streams in training"
-    @classmethod
-    @delegates(DataBlock.semi_dataloaders)
-    def from_folder(cls,
-        path, # root folder
-        train:str='train', # folder with a folder of labeled images per class; '.' for the root itself
-        valid:str='valid', # the same for validation; not used with `valid_pct`
-        unlabeled:str='unsup', # folder of unlabeled images, at any depth; names of folders in it are not read
-        valid_pct:float=None, # instead of a `valid` folder: share of each class's labeled images to set aside
-        seed:int=None, # of that draw
-        vocab=None, # class names; None: the folders'
-        item_tfms=None, # as in `ImageDataLoaders`
-        batch_tfms=None, # as in `ImageDataLoaders`
-        img_cls=PILImage, # as in `ImageDataLoaders`
-        **kwargs
-    ):
-        "From labeled images in `train/CLASS/` and unlabeled ones anywhere in `unlabeled/`"
-        path = Path(path)
-        get_y = FolderLabel(path/unlabeled)
-        def images(d): return get_image_files(path/d).sorted() if (path/d).is_dir() else L()
-        free = sorted_by_name(images(unlabeled))
-        if not free: raise ValueError(f"no image in {path/unlabeled}: put the unlabeled images there, or name their folder with unlabeled=")
-        labeled = images(train).filter(lambda o: get_y(o) is not None)
-        held_out = L() if valid_pct is not None else images(valid)
-        if train == '.' and held_out: labeled = labeled.filter(lambda o: path/valid not in o.parents)
-        if not labeled: raise ValueError(f"no image in {path/train}: expected a folder of labeled images per class, or name it with train=")
-        if valid_pct is None and not held_out: raise ValueError(f"no image in {path/valid}: pass valid_pct=.2 to set labeled images aside, or name the folder with valid=")
-        items = labeled + held_out + free
-        def splitter(items):
-            if valid_pct is not None: return LabeledOnlySplitter(get_y, valid_pct, seed)(items)
-            a, b = len(labeled), len(labeled) + len(held_out)
-            return L(range(a)) + L(range(b, len(items))), L(range(a, b))
-        return cls._semi(items, path, get_y=get_y, splitter=splitter, vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms,
-            img_cls=img_cls, **kwargs)
-
-    @classmethod
-    @delegates(DataBlock.semi_dataloaders)
-    def from_df(cls,
-        df:pd.DataFrame, # a row per image
-        path='.', # root folder
-        valid_pct:float=.2, # share of each class's labeled images to set aside
-        seed:int=None, # of that draw
-        fn_col=0, # column of the file names
-        folder=None, # of the images, in `path`
-        suff:str='', # added to the file names
-        label_col=1, # column of the labels, missing where unlabeled
-        valid_col=None, # instead of `valid_pct`: boolean column; an unlabeled image in validation is an error
-        vocab=None, # class names; None: those of the labeled images
-        item_tfms=None, # as in `ImageDataLoaders`
-        batch_tfms=None, # as in `ImageDataLoaders`
-        img_cls=PILImage, # as in `ImageDataLoaders`
-        **kwargs
-    ):
-        "From a DataFrame in which some labels are missing"
-        label_col = df.columns[label_col] if isinstance(label_col, int) and label_col not in df.columns else label_col
-        if valid_col is not None and df[df[valid_col].astype(bool)][label_col].map(is_unlabeled).any():
-            raise ValueError(f"{valid_col!r} puts unlabeled images into validation: they cannot be scored; set it to False for them")
-        pref = Path(path) if folder is None else Path(path)/folder
-        splitter = LabeledOnlySplitter(label_col, valid_pct, seed) if valid_col is None else ColSplitter(valid_col)
-        return cls._semi(df, path, get_x=ColReader(fn_col, pref=f'{pref}/', suff=suff), get_y=ColReader(label_col), splitter=splitter,
-            vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
-
-    @classmethod
-    def from_csv(cls,
-        path, # root folder
-        csv_fname='labels.csv', # in `path`
-        header='infer', # as in `pandas.read_csv`
-        delimiter:str=',', # as in `pandas.read_csv`
-        **kwargs
-    ):
-        "From a CSV file in which some labels are empty"
-        return cls.from_df(pd.read_csv(Path(path)/csv_fname, header=header, delimiter=delimiter), path=path, **kwargs)
-
-    @classmethod
-    def from_lists(cls,
-        path, # root folder
-        fnames, # a path per image
-        labels, # a label per image, None where unlabeled
-        **kwargs
-    ):
-        "From lists of files and labels"
-        if len(fnames) != len(labels): raise ValueError(f"{len(fnames)} file names and {len(labels)} labels: expected one each, None where unlabeled")
-        df = pd.DataFrame(dict(name=pd.Series([str(o) for o in fnames], dtype=object), label=pd.Series(list(labels), dtype=object)))
-        return cls.from_df(df, path=path, **kwargs)
-
     @classmethod
     def _semi(cls, source, path, vocab, img_cls, **kwargs):
         block_args = {k: kwargs.pop(k) for k in ('get_x', 'get_y', 'splitter', 'item_tfms', 'batch_tfms') if k in kwargs}
         dblock = DataBlock(blocks=(ImageBlock(img_cls), SemiCategoryBlock(vocab=vocab)), **block_args)
-        return cls(*(dls := dblock.semi_dataloaders(source, path=path, **kwargs)).loaders, path=dls.path, device=dls.device)
+        dls = dblock.semi_dataloaders(source, path=path, **kwargs)
+        return cls(*dls.loaders, path=dls.path, device=dls.device)
 
-SemiImageDataLoaders.from_csv = delegates(to=SemiImageDataLoaders.from_df)(SemiImageDataLoaders.from_csv)
-SemiImageDataLoaders.from_lists = delegates(to=SemiImageDataLoaders.from_df)(SemiImageDataLoaders.from_lists)
+# %% ../../nbs/learner/05_images.ipynb #79248b9b
+def _find_images(path, train, valid, unlabeled, get_y):
+    "(labeled, held_out, free) images; `valid` may be None"
+    def images(folder): return get_image_files(path/folder).sorted() if (path/folder).is_dir() else L()
+    free, held_out = sorted_by_name(images(unlabeled)), images(valid) if valid else L()
+    labeled = images(train).filter(lambda o: get_y(o) is not None)
+    if train == '.' and held_out: labeled = labeled.filter(lambda o: path/valid not in o.parents)
+    if not free: raise ValueError(f"no image in {path/unlabeled}: put the unlabeled images there, or set unlabeled=")
+    if not labeled: raise ValueError(f"no image in {path/train}: expected a folder of images per class, or set train=")
+    if valid and not held_out:
+        raise ValueError(f"no image in {path/valid}: set valid_pct=.2 to draw from the labeled images, or set valid=")
+    return labeled, held_out, free
+
+
+@patch(cls_method=True)
+@delegates(DataBlock.semi_dataloaders)
+def from_folder(cls:SemiImageDataLoaders,
+    path, # root folder
+    train:str='train', # folder with a folder of labeled images per class; '.' for the root itself
+    valid:str='valid', # the same for validation; not used with `valid_pct`
+    unlabeled:str='unsup', # folder of unlabeled images, at any depth
+    valid_pct:float=None, # instead of a `valid` folder: share of each class's labeled images to set aside
+    seed:int=None, # of that draw
+    vocab=None, # class names; None: the folders' names
+    item_tfms=None, # as in `ImageDataLoaders`
+    batch_tfms=None, # as in `ImageDataLoaders`
+    img_cls=PILImage, # as in `ImageDataLoaders`
+    **kwargs
+):
+    "From labeled images in `train/CLASS/` and unlabeled ones anywhere below `unlabeled/`"
+    path = Path(path)
+    get_y = FolderLabel(path/unlabeled)
+    labeled, held_out, free = _find_images(path, train, valid if valid_pct is None else None, unlabeled, get_y)
+    def splitter(items):
+        if valid_pct is not None: return LabeledOnlySplitter(get_y, valid_pct, seed)(items)
+        a, b = len(labeled), len(labeled) + len(held_out)
+        return L(range(a)) + L(range(b, len(items))), L(range(a, b))
+    return cls._semi(labeled + held_out + free, path, get_y=get_y, splitter=splitter, vocab=vocab,
+        item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
+
+# %% ../../nbs/learner/05_images.ipynb #a81cecf6
+@patch(cls_method=True)
+@delegates(DataBlock.semi_dataloaders)
+def from_df(cls:SemiImageDataLoaders,
+    df:pd.DataFrame, # a row per image
+    path='.', # root folder
+    valid_pct:float=.2, # share of each class's labeled images to set aside
+    seed:int=None, # of that draw
+    fn_col=0, # column of the file names
+    folder=None, # of the images, in `path`
+    suff:str='', # added to the file names
+    label_col=1, # column of the labels
+    valid_col=None, # instead of `valid_pct`: boolean column
+    vocab=None, # class names; None: those of the labeled images
+    item_tfms=None, # as in `ImageDataLoaders`
+    batch_tfms=None, # as in `ImageDataLoaders`
+    img_cls=PILImage, # as in `ImageDataLoaders`
+    **kwargs
+):
+    "From a DataFrame in which some labels are missing"
+    if isinstance(label_col, int) and label_col not in df.columns: label_col = df.columns[label_col]
+    if valid_col is not None and df[df[valid_col].astype(bool)][label_col].map(is_unlabeled).any():
+        raise ValueError(f"{valid_col!r} puts unlabeled images into validation: set it to False for them")
+    splitter = LabeledOnlySplitter(label_col, valid_pct, seed) if valid_col is None else ColSplitter(valid_col)
+    pref = Path(path) if folder is None else Path(path)/folder
+    return cls._semi(df, path, get_x=ColReader(fn_col, pref=f'{pref}/', suff=suff), get_y=ColReader(label_col),
+        splitter=splitter, vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
+
+# %% ../../nbs/learner/05_images.ipynb #855d23fb
+@patch(cls_method=True)
+@delegates(SemiImageDataLoaders.from_df)
+def from_csv(cls:SemiImageDataLoaders,
+    path, # root folder
+    csv_fname='labels.csv', # in `path`
+    header='infer', # as in `pandas.read_csv`
+    delimiter:str=',', # as in `pandas.read_csv`
+    **kwargs
+):
+    "From a CSV file in which some labels are empty"
+    return cls.from_df(pd.read_csv(Path(path)/csv_fname, header=header, delimiter=delimiter), path=path, **kwargs)
+
+
+@patch(cls_method=True)
+@delegates(SemiImageDataLoaders.from_df)
+def from_lists(cls:SemiImageDataLoaders,
+    path, # root folder
+    fnames, # a path per image
+    labels, # a label per image, None if unlabeled
+    **kwargs
+):
+    "From lists of files and labels"
+    if len(fnames) != len(labels): raise ValueError(f"expected one label per file, got {len(fnames)} files and {len(labels)} labels")
+    columns = dict(name=[str(o) for o in fnames], label=list(labels))
+    return cls.from_df(pd.DataFrame({k: pd.Series(v, dtype=object) for k, v in columns.items()}), path=path, **kwargs)

@@ -35,13 +35,15 @@ class TwoStream:
     ):
         super().__init__(dataset, *args, **kwargs)
         self.targets = targets_of(self) if targets is None else torch.as_tensor(targets)
-        if self.bs is None or not self.shuffle: raise ValueError(f"two streams need a batch size and shuffle=True, got bs={self.bs}, shuffle={self.shuffle}")
-        self._given_bs, self.labeled_bs = labeled_bs, self.bs//2 if labeled_bs is None else labeled_bs
+        if self.bs is None or not self.shuffle:
+            raise ValueError(f"two streams need a batch size and shuffle=True, got bs={self.bs}, shuffle={self.shuffle}")
+        self._given_bs = labeled_bs
+        self.labeled_bs = self.bs//2 if labeled_bs is None else labeled_bs
         labeled, n = self.targets >= 0, len(self.targets)
         self._labeled, self._unlabeled = (o.nonzero().flatten().tolist() for o in (labeled, ~labeled))
         self.pool = []
         if not self._unlabeled: raise ValueError(f"all {n} training items are labeled: {HOW_TO_UNLABEL}")
-        if not self._labeled: raise ValueError(f"none of the {n} training items is labeled: label at least one of each class")
+        if not self._labeled: raise ValueError(f"none of the {n} training items is labeled: label at least one per class")
         if not 0 < self.labeled_bs < self.bs:
             raise ValueError(f"labeled_bs must be at least 1 and less than the batch size {self.bs}, got {self.labeled_bs}")
 
@@ -145,7 +147,8 @@ def warn_of_unlabeled_validation(
     dls:DataLoaders, # all but the first are checked
 ):
     "Warn if validation items have no label"
-    n = sum((targets_of(o) < 0).sum().item() for o in dls.loaders[1:] if isinstance(o, DataLoader) and len(o.dataset))
+    known = [targets_of(o) >= 0 for o in dls.loaders[1:] if isinstance(o, DataLoader) and len(o.dataset)]
+    n = sum((~o).sum().item() for o in known)
     if n: warnings.warn(f"{n} validation items are unlabeled and will count as wrong: split with LabeledOnlySplitter")
 
 
@@ -162,9 +165,13 @@ def semi_dls(
     dl = dls.train
     if not isinstance(dl, DataLoader):
         raise ValueError(f"the training DataLoader must be one of fastai's, got {type(dl)}: make it with DataLoaders.from_dsets")
-    if isinstance(dl, TwoStream): dl, labeled_bs = dl.new(shuffle=False), dl._given_bs if labeled_bs is None else labeled_bs
+    drop_last = dl.drop_last
+    if isinstance(dl, TwoStream):
+        if labeled_bs is None: labeled_bs = dl._given_bs
+        dl = dl.new(shuffle=False)
     warn_of_unlabeled_validation(dls)
-    train = dl.new(cls=two_stream(type(dl)), shuffle=True, drop_last=dls.train.drop_last, labeled_bs=labeled_bs, targets=targets_of(dl))
+    cls, targets = two_stream(type(dl)), targets_of(dl)
+    train = dl.new(cls=cls, shuffle=True, drop_last=drop_last, labeled_bs=labeled_bs, targets=targets)
     for o in dls.loaders: _skip_missing(o)
     return type(dls)(train, *dls.loaders[1:], path=dls.path, device=dls.device)
 
