@@ -18,7 +18,7 @@ from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.mixing import StreamMixUp
 from fastai_lp.learner.resume import ResumeCallback
 from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
-from test_strong import Mark
+from test_augment import Mark
 from test_resume import Stop, same
 
 OPTIONS = dict(tfms=lambda: dict(unlabeled_tfms=Mark()), mixup=lambda: dict(mixup=.4), sharp=lambda: dict(temperature=.5),

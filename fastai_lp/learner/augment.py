@@ -86,14 +86,14 @@ class OnUnlabeled(ItemTransform):
         tfm, # batch transform
         dl=None, # the DataLoader: while it has two views, only the first is transformed, and the teacher sees the second
     ):
-        self.tfm, self.dl, self.order, self.on = tfm, dl, getattr(tfm, 'order', 0), True
+        self.tfm, self.dl, self.order = tfm, dl, getattr(tfm, 'order', 0)
         super().__init__()
 
     def encodes(self, b):
         *xs, y = b
         unlabeled = y.as_subclass(torch.Tensor) < 0
         if getattr(self.dl, 'views', 1) > 1: unlabeled[len(y)//2:] = False
-        if not self.on or not unlabeled.any(): return b
+        if not unlabeled.any(): return b
         return *(self._part(x, unlabeled) for x in xs), y
 
     def _part(self, x, unlabeled):
