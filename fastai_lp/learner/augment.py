@@ -40,7 +40,7 @@ class Cutout(DisplayedTransform):
     def __init__(self,
         size:float=.5, # maximum side of the square, as a fraction of the image's shorter side; drawn uniformly from 0
     ):
-        if not 0 <= size <= 1: raise ValueError(f"size must be a number in [0, 1], got {size!r}.")
+        if not 0 <= size <= 1: raise ValueError(f"size must be a number in [0, 1], got {size!r}")
         store_attr()
 
     def encodes(self, x:TensorImage):
@@ -100,7 +100,7 @@ class OnUnlabeled(ItemTransform):
         some = self.tfm(x[unlabeled], split_idx=0)
         if some.shape[1:] != x.shape[1:] or some.dtype != x.dtype:
             kept, found = (f"{o.dtype} {tuple(o.shape[1:])}" for o in (x, some))
-            raise ValueError(f"{self.tfm} must keep type and shape, since all items share a batch, got {found} for {kept}.")
+            raise ValueError(f"{self.tfm} must keep type and shape, since all items share a batch, got {found} for {kept}")
         x = x.clone()
         x[unlabeled] = some
         return x
