@@ -97,7 +97,7 @@ def state(folder):
     "{name: digest} of the files of a run"
     res = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix == '.tmp': continue
+        if file.suffix in ('.tmp', '.lock'): continue
         update(sha := hashlib.sha256(), contents(file))
         res[file.name] = sha.hexdigest()
     return res

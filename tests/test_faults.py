@@ -393,8 +393,8 @@ def test_damaged_pseudo_labels(shows, tmp_path):
         for damaged in (whole[:i], whole[:i] + bytes([whole[i] ^ 64]) + whole[i+1:]):
             file.write_bytes(damaged)
             for load in (PseudoLabels.load, LPInterpretation.load):
-                with pytest.raises(ValueError, match='p.npz: this file is cut off, damaged'): load(file)
-    with shows.error(FILES, 'saved pseudo-labels that were cut off, or have one wrong bit', 'cut off, damaged'): PseudoLabels.load(file)
+                with pytest.raises(ValueError, match='p.npz is truncated, damaged'): load(file)
+    with shows.error(FILES, 'saved pseudo-labels that were cut off, or have one wrong bit', 'truncated, damaged'): PseudoLabels.load(file)
 
 
 @pytest.mark.parametrize('change', [dict(labels=np.full(30, 7)), dict(labels=np.zeros(29, int)), dict(certainty=np.zeros(30)), dict(W_col=np.full(1, 10**6)), dict(W_crow=np.arange(31)[::-1].copy()),
@@ -419,11 +419,11 @@ def test_pickles_are_not_executed(shows, tmp_path, monkeypatch):
     x, y, _ = clouds(30)
     f = fastai_lp.utils.files.read_npz(propagate(x, y).save('p.npz'))
     with fastai_lp.utils.files.atomic_write('p.npz', checksum=True) as out: np.savez(out, **{**f, 'labels': np.array([Bomb()]*30, dtype=object)})
-    with shows.error(FILES, 'a pickle in a file of pseudo-labels', 'not a whole .npz file of plain arrays'): PseudoLabels.load('p.npz')
+    with shows.error(FILES, 'a pickle in a file of pseudo-labels', 'not a complete .npz file of plain arrays'): PseudoLabels.load('p.npz')
     with fastai_lp.utils.files.atomic_write('run.pth', checksum=True) as out: torch.save(dict(epoch=1, model=Bomb()), out)
     with shows.error(FILES, 'a pickle in a file of `ResumeCallback`', 'holds more than numbers and text'): blob_learner().fit(1, cbs=ResumeCallback('run.pth'))
     Path('p.npz').write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match='cut off, damaged'): LPInterpretation.load('p.npz')
+    with pytest.raises(ValueError, match='truncated, damaged'): LPInterpretation.load('p.npz')
     assert not Path('executed').exists()
     pickle.loads(Path('p.npz').read_bytes())
     assert Path('executed').exists()  # it would have been
@@ -438,9 +438,9 @@ def test_damaged_resume_file(shows, tmp_path):
     for i in range(0, len(whole), len(whole)//40):
         for damaged in (whole[:i], whole[:i] + bytes([whole[i] ^ 1]) + whole[i+1:]):
             (tmp_path/'run.pth').write_bytes(damaged)
-            with pytest.raises(ValueError, match='run.pth: this file is cut off, damaged'): fit(learn)
+            with pytest.raises(ValueError, match='run.pth is truncated, damaged'): fit(learn)
             assert (tmp_path/'run.pth').read_bytes() == damaged and torch.equal(before, flat_weights(learn))
-    with shows.error(FILES, 'a file of `ResumeCallback` that was cut off, or has one wrong bit', 'cut off, damaged'): fit(learn)
+    with shows.error(FILES, 'a file of `ResumeCallback` that was cut off, or has one wrong bit', 'truncated, damaged'): fit(learn)
     traceless(learn)
 
 
@@ -450,11 +450,11 @@ def test_damaged_results(shows, tmp_path):
     for i in range(2): fastai_lp.utils.files.append_json_line(file, {k: v for k, v in json.loads(line).items() if k != 'sha256'} | dict(name=f'run{i}'))
     whole = file.read_text()
     with open(file, 'a') as f: f.write(whole[:100])
-    with shows.warning(FILES, "the last line of `lp_train`'s results is half written", 'last line is cut off', 'The others are read.'): assert len(read_lines(file)) == 2
+    with shows.warning(FILES, "the last line of `lp_train`'s results is half written", 'ignored the last line', 'The others are read.'): assert len(read_lines(file)) == 2
     file.write_text(whole.replace('"error_rate": ', '"error_rate": 1'))
-    with shows.error(FILES, "a figure in `lp_train`'s results was changed", 'line 1: this line was damaged, or changed'): read_lines(file)
+    with shows.error(FILES, "a figure in `lp_train`'s results was changed", 'line 1 is damaged or was edited'): read_lines(file)
     file.write_text(whole[:50] + whole[60:])
-    with pytest.raises(ValueError, match='line 1: this is not JSON|line 1: this line was damaged'): read_lines(file)
+    with pytest.raises(ValueError, match='line 1: this is not JSON|line 1 is damaged'): read_lines(file)
 
 
 # Stopped or failed in the middle
@@ -548,7 +548,7 @@ try: learn.fit(1, cbs=[LPCallback(), ResumeCallback('run.pth')])
 except OSError as e: print(e)
 assert torch.equal(before, flat_weights(learn)) and '_with_events' not in vars(learn)
 """, 0, cwd=tmp_path)
-    with shows.error(ROOM, 'the disk is full before the first epoch, `ResumeCallback`', 'nothing was written, and what stood there before', OSError): raise OSError(res.stdout.strip() or res.stderr)
+    with shows.error(ROOM, 'the disk is full before the first epoch, `ResumeCallback`', 'nothing was written and the previous file is unchanged', OSError): raise OSError(res.stdout.strip() or res.stderr)
     assert not list(tmp_path.iterdir())
 
 
@@ -582,7 +582,7 @@ print(torch.load('run.pth', weights_only=True)['epoch'], said[0], sep='|')
 def test_folder_that_cannot_be_written_to(shows, tmp_path, data):
     learn = blob_learner(data)
     before = flat_weights(learn)
-    with shows.error(ROOM, 'a folder that cannot be written to, `ResumeCallback`', 'name a file in a folder that can be written to', OSError): learn.fit(1, cbs=[LPCallback(), ResumeCallback('/proc/run.pth')])
+    with shows.error(ROOM, 'a folder that cannot be written to, `ResumeCallback`', 'Choose a path in a writable folder', OSError): learn.fit(1, cbs=[LPCallback(), ResumeCallback('/proc/run.pth')])
     assert torch.equal(before, flat_weights(learn))
     traceless(learn)
     learn.fit(1, cbs=LPCallback())
