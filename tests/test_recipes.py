@@ -119,8 +119,8 @@ def test_settings_of_mean_teacher_reach_the_run(data, changes, tmp_path):
 
 
 TRICKS = dict(soft=dict(soft=True), sharp=dict(temperature=.3, balance='align'), power=dict(omega_power=2.), even=dict(balance='sinkhorn', prior='uniform'), views=dict(unlabeled_views=2), augment=dict(augment=2),
-    thumbnail=dict(backbone='thumbnail'), beside=dict(backbone='thumbnail', beside=1.), k=dict(k=3), mutual=dict(symmetry='mutual'), local=dict(local=3), poisson=dict(labeler='poisson'), mixup=dict(mix='mixup unlabeled'),
-    cutmix=dict(mix='cutmix each'), steps=dict(steps=2), strong=dict(strong_tfms=True), milder=dict(strong_tfms=dict(degrees=1., cutout=0)))
+    thumbnail=dict(backbone='thumbnail'), beside=dict(backbone='thumbnail', beside=1.), k=dict(k=3), mutual=dict(symmetry='mutual'), local=dict(local=3), poisson=dict(labeler='poisson'), mixup=dict(mixup=.4),
+    steps=dict(steps=2), strong=dict(strong_tfms=True), milder=dict(strong_tfms=dict(degrees=1., cutout=0)))
 
 
 @pytest.mark.parametrize('tricks', TRICKS)
