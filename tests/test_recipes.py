@@ -232,7 +232,7 @@ def test_finished_files_are_of_their_data_only(data, tmp_path):
     images = data.images.clone()
     images[0] += 1
     for other in (show_labels(data, 9, seed=1), replace(data, test=data.test[:9]), replace(data, images=images)):
-        with pytest.raises(ValueError, match='of another fit .images .* there'): run_method(other, 'supervised', replace(FEW, network='small'), tmp_path, device='cpu', bar=False)
+        with pytest.raises(ValueError, match='another fit .images .* in the file'): run_method(other, 'supervised', replace(FEW, network='small'), tmp_path, device='cpu', bar=False)
 
 
 def test_fresh_teacher_is_not_the_first_student(data, tmp_path, monkeypatch):

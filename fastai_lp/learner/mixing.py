@@ -27,8 +27,8 @@ def partners(
 class StreamMixUp(FitScoped):
     """MixUp among the pseudo-labeled items of each training batch; needs `LPCallback`.
 
-    During a batch, `partner` (int64 [b]) is the item that each one was mixed with, `lam` (float [b]) its own share λ, which is 1
-    if the item was left alone. Raises `ValueError` without `LPCallback`, and for inputs that are not floating-point tensors."""
+    During a batch, `partner` (int64 [b]) is the item that each one was mixed with and `lam` (float [b]) its own share λ, 1 if
+    it was left alone. Raises `ValueError` without `LPCallback` and for inputs that are not floating-point tensors."""
     run_valid, lam, partner = False, None, None
     _stateattrs = ('lam', 'partner')
 
@@ -40,18 +40,18 @@ class StreamMixUp(FitScoped):
 
     def restore(self): self.lam = self.partner = None
 
-# %% ../../nbs/learner/12_mixing.ipynb #2fd8c09f
+# %% ../../nbs/learner/12_mixing.ipynb #4495f219
 @patch
-def _label_propagation(self:StreamMixUp): return next((cb for cb in self.learn.cbs if hasattr(type(cb), 'batch_unlabeled')), None)
+def _lp(self:StreamMixUp): return next((cb for cb in self.learn.cbs if hasattr(type(cb), 'batch_unlabeled')), None)
 
 
 @patch
 def before_fit(self:StreamMixUp):
     "Check that there are pseudo-labels to mix"
-    if not self._inference and self._label_propagation() is None:
-        raise ValueError("StreamMixUp mixes pseudo-labeled items, but the Learner has no LPCallback: add LPCallback(), or use fastai's MixUp")
+    if not self._inference and self._lp() is None:
+        raise ValueError("StreamMixUp mixes pseudo-labeled items and needs LPCallback: add LPCallback(), or use fastai's MixUp")
 
-# %% ../../nbs/learner/12_mixing.ipynb #6f0c4d2e
+# %% ../../nbs/learner/12_mixing.ipynb #c37db49e
 def _mix(own, lam, partner):
     o, lam = own.as_subclass(torch.Tensor), lam.to(own.dtype).view(-1, *[1]*(own.ndim-1))
     return torch.where(lam == 1, o, torch.lerp(o[partner], o, lam)).as_subclass(type(own))
@@ -61,7 +61,7 @@ def _mix(own, lam, partner):
 def before_batch(self:StreamMixUp):
     "Mix the inputs and the targets"
     self._check_inputs()
-    mixed = self._label_propagation().batch_unlabeled & (self.yb[0].as_subclass(torch.Tensor) != 0).any(1)
+    mixed = self._lp().batch_unlabeled & (self.yb[0].as_subclass(torch.Tensor) != 0).any(1)
     alpha = torch.full((), float(self.alpha), device=mixed.device)
     lam = Beta(alpha, alpha, validate_args=False).sample(mixed.shape)
     self.partner = partners(mixed)
@@ -69,7 +69,7 @@ def before_batch(self:StreamMixUp):
     self.lam = torch.max(lam, 1-lam).masked_fill(alone, 1)
     self.learn.xb, self.learn.yb = (tuple(_mix(o, self.lam, self.partner) for o in b) for b in (self.xb, self.yb))
 
-# %% ../../nbs/learner/12_mixing.ipynb #5fa98e48
+# %% ../../nbs/learner/12_mixing.ipynb #f6aece06
 @patch
 def _check_inputs(self:StreamMixUp):
     for i, o in enumerate(self.xb):
