@@ -19,7 +19,7 @@ from fastai_lp.learner.mixing import StreamMixUp
 from fastai_lp.learner.resume import ResumeCallback
 from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
 from test_augment import Mark
-from test_resume import Stop, same
+from conftest import Stop, same_run as same
 
 OPTIONS = dict(tfms=lambda: dict(unlabeled_tfms=Mark()), mixup=lambda: dict(mixup=.4), sharp=lambda: dict(temperature=.5),
     balance=lambda: dict(balance='sinkhorn', prior='uniform'), augment=lambda: dict(features=Extractor(augment=True)),

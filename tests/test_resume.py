@@ -1,7 +1,6 @@
 "ResumeCallback: an interrupted and resumed fit equals one that was not interrupted."
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -11,18 +10,10 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import set_seed
 
-from conftest import blob_learner, blobs, flat_weights
+from conftest import Stop, blob_learner, blobs, flat_weights, same_run
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.resume import ResumeCallback
-
-
-class Stop(Callback):
-    order = 99
-    def __init__(self, event, epoch): self.event, self.at = event, epoch
-    def __call__(self, name):
-        if name == self.event and self.epoch == self.at and self.training in (True, False): raise KeyboardInterrupt
-        return super().__call__(name)
 
 
 TORCH_SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
@@ -38,21 +29,6 @@ def run(cbs, path, extra=(), opt=None, seed=0, workers=0, epochs=5, data=None):
     return learn
 
 
-def same(a, b):
-    assert torch.equal(flat_weights(a), flat_weights(b))
-    keep = [i for i, name in enumerate(a.recorder.metric_names[1:-1]) if name != 'lp_sec']
-    assert np.array_equal(*(np.array(o.recorder.values, dtype=float)[:, keep] for o in (a, b)), equal_nan=True)
-    assert np.allclose(a.recorder.lrs, b.recorder.lrs)
-    assert list(a.recorder.iters) == list(b.recorder.iters)
-    assert np.array_equal(*([float(x) for x in o.recorder.losses] for o in (a, b)))
-    if hasattr(a, 'lp_record'):
-        for name in ('labels', 'certainty', 'Z'): assert torch.equal(getattr(a.lp_record.pseudo, name), getattr(b.lp_record.pseudo, name))
-        assert [r['epoch'] for r in a.lp_record.history] == [r['epoch'] for r in b.lp_record.history]
-    if hasattr(a, 'mt_record'):
-        assert a.mt_record.step == b.mt_record.step
-        for p, q in zip(a.mt_record.teacher.state_dict().values(), b.mt_record.teacher.state_dict().values()): assert torch.equal(p, q)
-
-
 @pytest.fixture
 def file(tmp_path): return tmp_path/'run.pth'
 
@@ -62,14 +38,14 @@ def file(tmp_path): return tmp_path/'run.pth'
 def test_interrupted_and_resumed(cbs, event, epoch, file):
     through = run(cbs, file.parent)
     with pytest.raises(KeyboardInterrupt): run(cbs, file.parent, [ResumeCallback(file), Stop(event, epoch)])
-    same(through, run(cbs, file.parent, [ResumeCallback(file)], seed=7))
+    same_run(through, run(cbs, file.parent, [ResumeCallback(file)], seed=7))
 
 
 def test_interrupted_twice(file):
     through = run('both', file.parent)
     for epoch in (1, 3):
         with pytest.raises(KeyboardInterrupt): run('both', file.parent, [ResumeCallback(file), Stop('before_batch', epoch)])
-    same(through, run('both', file.parent, [ResumeCallback(file)]))
+    same_run(through, run('both', file.parent, [ResumeCallback(file)]))
 
 
 @pytest.mark.parametrize('opt', [partial(SGD, mom=.9), TORCH_SGD], ids=['SGD', 'OptimWrapper'])
@@ -79,13 +55,13 @@ def test_optimizers_workers_and_every(opt, workers, every, file):
     through = run('both', file.parent, **again)
     with pytest.raises(KeyboardInterrupt): run('both', file.parent, [ResumeCallback(file, every), Stop('before_batch', 3)], **again)
     assert torch.load(file, weights_only=True)['epoch'] == (2 if every == 2 else 3)
-    same(through, run('both', file.parent, [ResumeCallback(file, every)], seed=7, **again))
+    same_run(through, run('both', file.parent, [ResumeCallback(file, every)], seed=7, **again))
 
 
 def test_a_complete_fit_is_not_trained_again(file, capsys):
     through = run('both', file.parent, [ResumeCallback(file)])
     before = file.read_bytes()
-    same(through, run('both', file.parent, [ResumeCallback(file)], seed=3))
+    same_run(through, run('both', file.parent, [ResumeCallback(file)], seed=3))
     assert file.read_bytes() == before
     assert '5 of 5 epochs are done' in capsys.readouterr().out
 
@@ -100,7 +76,7 @@ def test_two_fits_with_a_file_each(tmp_path):
         return learn
     through = stages(resume=False)
     with pytest.raises(KeyboardInterrupt): stages(Stop('before_batch', 2))
-    same(through, stages(seed=5))
+    same_run(through, stages(seed=5))
 
 
 def test_trackers_and_loggers(tmp_path, file):
@@ -108,7 +84,7 @@ def test_trackers_and_loggers(tmp_path, file):
         return [SaveModelCallback(monitor='accuracy', fname=name), EarlyStoppingCallback(monitor='accuracy', patience=4), CSVLogger(f'{name}.csv')]
     through = run('lp', tmp_path, extra('a'))
     with pytest.raises(KeyboardInterrupt): run('lp', tmp_path, [*extra('b'), ResumeCallback(file), Stop('before_batch', 3)])
-    same(through, run('lp', tmp_path, [*extra('b'), ResumeCallback(file)], seed=7))
+    same_run(through, run('lp', tmp_path, [*extra('b'), ResumeCallback(file)], seed=7))
     a, b = (torch.load(tmp_path/'models'/f'{o}.pth') for o in 'ab')
     for k in a: assert torch.equal(a[k], b[k])
     def rows(name): return [[f'{float(x):.5f}' for x in o.split(',')[:4]] for o in (tmp_path/f'{name}.csv').read_text().splitlines()[1:]]
@@ -140,7 +116,7 @@ def test_state_of_a_users_callback(tmp_path, file):
     assert [name for name, _ in saved] == ['LPCallback', 'LossEMA', 'LossEMA']
     assert saved[1][1]['epochs'][2] == dict(epoch=2, name=['a', None])
     resumed = cbs()
-    same(expected, run(resumed, tmp_path, [ResumeCallback(file)], seed=7))
+    same_run(expected, run(resumed, tmp_path, [ResumeCallback(file)], seed=7))
     assert [o.mean for o in resumed[::2]] == [o.mean for o in through[::2]]
     assert resumed[0].mean != resumed[2].mean
 
