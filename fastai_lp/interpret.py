@@ -17,10 +17,10 @@ from fastai.torch_core import TensorImageBase
 from fastai.vision.core import PILBase
 from fastcore.basics import patch
 
-from .utils.files import read_json_lines, read_npz, atomic_write
-from .learner.record import class_names
-from .transductive.curation import label_issues, suggest
+from .utils.files import atomic_write, read_json_lines, read_npz
 from .transductive.pseudo import PseudoLabels
+from .transductive.curation import label_issues, suggest
+from .learner.record import class_names
 from .plots import image_grid, plot_accuracy, plot_certainty, plot_confusion_matrix
 
 # %% ../nbs/02_interpret.ipynb #405f1d98
@@ -52,11 +52,11 @@ class LPInterpretation:
     def _names(self, labels): return np.array([None if o < 0 else self.vocab[o] for o in labels.tolist()], dtype=object)
 
     def _known_truth(self):
-        if self.truth is None: raise ValueError("the true classes are unknown: pass truth= to LPCallback or from_learner.")
+        if self.truth is None: raise ValueError("the true classes are unknown: pass truth= to LPCallback.")
         return self.truth
 
     def _graph(self):
-        if self.pseudo.W is None: raise ValueError("these pseudo-labels have no graph: use a labeler that builds one, such as Diffusion.")
+        if self.pseudo.W is None: raise ValueError("the pseudo-labels have no graph: use a labeler with one, such as Diffusion.")
         return self.pseudo.W
 
 # %% ../nbs/02_interpret.ipynb #45068544
@@ -190,8 +190,8 @@ def label_issues(self:LPInterpretation,
     p = self.pseudo
     given = torch.where(p.labeled, p.labels, -1)
     idxs, suggested, doubt = label_issues(self._graph(), given, len(self.vocab), **kwargs)
-    columns = dict(item=self.items[idxs.numpy()], given=self._names(given[idxs]), suggested=self._names(suggested), doubt=doubt.numpy())
-    return pd.DataFrame(columns, index=idxs.numpy())
+    df = pd.DataFrame(dict(item=self.items[idxs.numpy()], given=self._names(given[idxs])), index=idxs.numpy())
+    return df.assign(suggested=self._names(suggested), doubt=doubt.numpy())
 
 # %% ../nbs/02_interpret.ipynb #63e2ae59
 @patch
@@ -241,5 +241,5 @@ def from_results(cls:LPInterpretation,
     kept = {int(Path(o).stem.rsplit('-', 1)[1]): o for o in _find_run(fname, method, seed, labels)['kept']}
     if not kept: raise ValueError(f"the run of {method!r} in {fname} kept no pseudo-labels.")
     if epoch is None: epoch = max(kept)
-    if epoch not in kept: raise ValueError(f"epoch must be one that the run of {method!r} in {fname} kept, {list(kept)}, got {epoch}.")
+    if epoch not in kept: raise ValueError(f"epoch must be one of {list(kept)}, which the run of {method!r} kept, got {epoch}.")
     return cls.load(Path(fname).parent/kept[epoch])
