@@ -67,7 +67,7 @@ class LPCallback(FitScoped):
         if labeler is not None and settings:
             raise ValueError(f"a labeler has its own settings: pass {', '.join(settings)} to {type(labeler).__name__}, not to LPCallback")
         check(_constraints, warmup=warmup, every=every, mixup=mixup)
-        self.labeler, self.features = labeler or Diffusion(**settings), features or Extractor()
+        self.labeler, self.features = Diffusion(**settings) if labeler is None else labeler, features or Extractor()
         self.warmup, self.every, self.mixup, self.truth = warmup, every, mixup, truth
         self.unlabeled_tfms, self._for_images = L(strong_tfms() if unlabeled_tfms is True else unlabeled_tfms or None), unlabeled_tfms is True
         self.record, self._course = LPRecord(), 0  # number of epochs in all fits so far
