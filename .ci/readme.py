@@ -35,7 +35,7 @@ def shown(cell):
     if re.search(r'^#\|\s*echo:\s*false', cell.source, re.M):
         return new_markdown_cell('\n\n'.join(o['text/markdown'] for o in data if 'text/markdown' in o))
     for o in data:
-        for kind in [k for k in o if k != 'text/plain' or 'text/html' in o]: del o[kind]
+        for kind in [k for k, v in o.items() if k != 'text/plain' or v.startswith('<')]: del o[kind]
     cell.source = re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
     cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr' and (o.get('text') or o.get('data'))]
     return cell
