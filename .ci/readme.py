@@ -1,7 +1,7 @@
 """Make README.md from nbs/index.ipynb: `python .ci/readme.py`. With `--check`, only check that README.md is up to date.
 
-Cells with `#| hide` are left out. Of cells with `#| echo: false` only the output is shown: Markdown made by code, such as
-a sentence with numbers from the run files. Links to pages become links to their notebooks."""
+Cells with `#| hide` are left out. Of cells with `#| echo: false` only the output is shown: Markdown made by code, such
+as a sentence with numbers from the run files. Links to pages become links to their notebooks."""
 import re
 import sys
 from pathlib import Path
