@@ -13,7 +13,12 @@ root = Path(__file__).resolve().parents[1]
 nbs = root/'nbs'
 notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not {'.ipynb_checkpoints', '_proc'} & set(p.parts))
 pages = {(p.parent/re.sub(r'^\d+_', '', p.stem)).relative_to(nbs).as_posix() for p in notebooks}
-each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(nbs).as_posix())
+
+
+def name_of(path): return path.relative_to(nbs).as_posix()
+
+
+each_notebook = pytest.mark.parametrize('path', notebooks, ids=name_of)
 
 
 def sidebar():
@@ -27,8 +32,7 @@ def sidebar():
 def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
 
 
-def test_sidebar_lists_every_notebook_once():
-    assert sorted(sidebar()) == sorted(p.relative_to(nbs).as_posix() for p in notebooks)
+def test_sidebar_lists_every_notebook_once(): assert sorted(sidebar()) == sorted(map(name_of, notebooks))
 
 
 def test_sidebar_follows_the_numbers_in_each_folder():
@@ -78,13 +82,11 @@ def test_badges(tmp_path):
     for p in notebooks:
         old, new = nbformat.read(p, 4).cells, nbformat.read(folder/p.relative_to(nbs), 4).cells
         assert [c.source for c in new[:1]+new[3:]] == [c.source for c in old]
-        name = p.relative_to(nbs).as_posix()
-        assert new[1].source.endswith(f'/github/somebody/fastai_lp/blob/gh-pages/colab/{name})')
+        assert new[1].source.endswith(f'/github/somebody/fastai_lp/blob/gh-pages/colab/{name_of(p)})')
         assert new[2].source.endswith('pip install -q git+https://github.com/somebody/fastai_lp')
     res = subprocess.run([sys.executable, root/'.ci'/'badges.py'], capture_output=True, text=True)
     assert res.returncode and 'OWNER/NAME' in res.stderr
 
 
 @pytest.mark.parametrize('command', re.findall(r'\bnbdev-[a-z-]+|\bpytest\b', (root/'CONTRIBUTING.md').read_text()))
-def test_contributing_names_commands_that_exist(command):
-    assert shutil.which(command, path=str(Path(sys.executable).parent))
+def test_contributing_names_commands(command): assert shutil.which(command, path=str(Path(sys.executable).parent))
