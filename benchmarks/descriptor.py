@@ -1,6 +1,6 @@
 """Where to read the descriptor of a fastai vision model: after the pooling that its head starts with, or before its last Linear.
 
-    python benchmarks/descriptor.py [--data cifar10_jpeg.npz] [--seeds 2]
+    python benchmarks/descriptor.py [--data ../shared/data/cifar10_jpeg.npz] [--seeds 2]
 
 A ResNet-18 with fastai's head, from random weights: 40 steps on the labels, then 2 epochs of label propagation with each
 descriptor. Prints pseudo-label accuracy of both descriptors of the same network, before any training and after the warm-up,
@@ -8,7 +8,6 @@ and the test error in the end. CIFAR-10 is left out where its file is not there.
 import argparse
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +100,7 @@ def main(data, seeds, out):
 if __name__ == '__main__':
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', type=Path, default=Path(os.environ.get('FASTAI_LP_DATA', ''))/'cifar10_jpeg.npz')
+    parser.add_argument('--data', type=Path, default=here.parents[1]/'shared'/'data'/'cifar10_jpeg.npz')
     parser.add_argument('--seeds', type=int, default=2)
     parser.add_argument('--out', type=Path, default=here/'results'/'descriptor.json')
     args = parser.parse_args()

@@ -1,5 +1,4 @@
 "Batches that are rows of one tensor: augmentation, a table of images as a dataset, DataLoaders."
-import os
 from pathlib import Path
 
 import cloudpickle
@@ -25,7 +24,7 @@ from fastai_lp.experiments.datasets import ImageArrays, cifar10, digits, show_la
 from fastai_lp.learner.features import Extractor
 from fastai_lp.interpret import LPInterpretation
 
-shared = Path(os.environ.get('FASTAI_LP_DATA', ''))
+shared = Path(__file__).resolve().parents[2]/'shared'/'data'
 
 
 def noise(n, h=32, w=32, seed=0): return np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8)
@@ -204,7 +203,7 @@ def test_a_set_without_hidden_labels_and_copies_of_its_batches():
     assert len(empty) == 0 and len(cloudpickle.dumps(empty)) < 20_000 and isinstance(empty, ImageTable)
 
 
-@pytest.mark.skipif(not (shared/'cifar10_jpeg.npz').exists(), reason='set FASTAI_LP_DATA to a folder with cifar10_jpeg.npz')
+@pytest.mark.skipif(not (shared/'cifar10_jpeg.npz').exists(), reason='CIFAR-10 is not beside the repository')
 def test_batches_of_cifar10(tmp_path):
     d = cifar10(shared/'cifar10_jpeg.npz', cache=tmp_path)
     dls = image_dls(show_labels(d, 500, file=shared/'cifar10_splits.npz', split=10), device='cpu')

@@ -11,7 +11,7 @@ from PIL import Image
 from fastai_lp.experiments import datasets
 from fastai_lp.experiments.datasets import ImageArrays, cifar10, cifar100, imagewang, mini_imagenet, show_labels
 
-shared = Path(os.environ.get('FASTAI_LP_DATA', ''))
+shared = Path(__file__).resolve().parents[2]/'shared'/'data'
 
 
 def noise(n, h=32, w=32, seed=0): return np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8)
@@ -244,7 +244,7 @@ def test_arrays_that_do_not_fit():
     with pytest.raises(ValueError, match='shown has 3 labels for 4 training items'): ImageArrays(as_tensor(noise(6)), np.arange(6), np.arange(4), np.arange(4, 6), shown=np.zeros(3))
 
 
-@pytest.mark.skipif(not (shared/'cifar10_jpeg.npz').exists(), reason='set FASTAI_LP_DATA to a folder with cifar10_jpeg.npz')
+@pytest.mark.skipif(not (shared/'cifar10_jpeg.npz').exists(), reason='CIFAR-10 is not beside the repository')
 def test_the_papers_splits_of_cifar10(tmp_path):
     d = cifar10(shared/'cifar10_jpeg.npz', cache=tmp_path)
     assert d.images.shape == (60000, 3, 32, 32) and len(d.train) == 50000 and d.vocab[d.truth[0]] == 'frog'
