@@ -46,7 +46,7 @@ from fastai_lp.transductive.pseudo import propagate, seed_matrix
 
 GAMMA, ALPHA, ITERS, TOL = 3, .99, 20, 1e-6
 NOISE = {10: 2.6, 100: 2., 1000: 1.5}
-WANTED = { # of issue 5: (n, c) or None for any: at least, or for knn at most
+WANTED = { # (stage, peer, (n, c) or None for any): lowest ratio accepted, for knn the highest
     ('knn', 'faiss', None): 1.2, ('assembly', 'scipy', None): 1.8, ('diffusion', 'authors', (50_000, 100)): 12, ('diffusion', 'authors', (50_000, 10)): 6,
     ('diffusion', 'authors', (200_000, 10)): 10, ('step', 'authors', (50_000, 100)): 2.2, ('step', 'LabelSpreading', (50_000, 100)): 3}
 

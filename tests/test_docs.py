@@ -1,4 +1,4 @@
-"The notebooks as pages: each listed, titled, free of stored errors; badges for Colab; links that lead somewhere."
+"Notebooks as pages: each is listed in the sidebar, has a title, was run without errors, and links to pages that exist."
 import re
 import shutil
 import subprocess
@@ -11,15 +11,36 @@ import yaml
 
 root = Path(__file__).resolve().parents[1]
 nbs = root/'nbs'
-notebooks = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and '_proc' not in p.parts)
-pages = {(p.parent/re.sub(r'^\d+\w?_', '', p.stem)).relative_to(nbs).as_posix() for p in notebooks}
-each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(nbs).as_posix())
+notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not {'.ipynb_checkpoints', '_proc'} & set(p.parts))
+pages = {(p.parent/re.sub(r'^\d+_', '', p.stem)).relative_to(nbs).as_posix() for p in notebooks}
 
 
-def test_sidebar_lists_every_notebook_once():
-    def leaves(o): return [o] if isinstance(o, str) else [x for part in (o.get('contents', []) if isinstance(o, dict) else o) for x in leaves(part)]
-    listed = leaves(yaml.safe_load((nbs/'_quarto.yml').read_text())['website']['sidebar']['contents'])
-    assert sorted(listed) == sorted(p.relative_to(nbs).as_posix() for p in notebooks)
+def name_of(path): return path.relative_to(nbs).as_posix()
+
+
+each_notebook = pytest.mark.parametrize('path', notebooks, ids=name_of)
+
+
+def sidebar():
+    "The notebooks in the order of the sidebar"
+    def leaves(o):
+        if isinstance(o, str): return [o]
+        return [x for part in (o.get('contents', []) if isinstance(o, dict) else o) for x in leaves(part)]
+    return leaves(yaml.safe_load((nbs/'_quarto.yml').read_text())['website']['sidebar']['contents'])
+
+
+def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+
+
+def test_sidebar_lists_every_notebook_once(): assert sorted(sidebar()) == sorted(map(name_of, notebooks))
+
+
+def test_sidebar_follows_the_numbers_in_each_folder():
+    numbered = [Path(o) for o in sidebar() if re.match(r'\d+_', Path(o).name)]
+    for folder in {p.parent for p in numbered}:
+        names = [p.name for p in numbered if p.parent == folder]
+        assert names == sorted(names)
+        assert [int(o.split('_')[0]) for o in names] == list(range(1, len(names)+1)), names
 
 
 @each_notebook
@@ -30,21 +51,20 @@ def test_begins_with_title_and_summary(path):
 
 @each_notebook
 def test_was_run_without_errors(path):
-    code = [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
-    outputs = [o for c in code for o in c.outputs]
+    outputs = [o for c in code_cells(path) for o in c.outputs]
     assert not [o for o in outputs if o.output_type == 'error']
-    assert not [o for o in outputs if o.get('name') == 'stderr'], 'the page would show warnings of whoever ran it last'
-    assert outputs or not re.search(r'plt\.|print\(', ''.join(c.source for c in code))
+    assert not [o for o in outputs if o.get('name') == 'stderr'], 'the page would show warnings'
+    assert outputs or not re.search(r'plt\.|print\(', ''.join(c.source for c in code_cells(path)))
 
 
 @each_notebook
 def test_asserts_something(path):
-    source = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code')
+    source = '\n'.join(c.source for c in code_cells(path))
     assert re.search(r'^\s*(assert|test_\w+\()', source, re.M)
 
 
 @each_notebook
-def test_links_to_pages_lead_somewhere(path):
+def test_links_to_pages_that_exist(path):
     text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
     for link in re.findall(r'\]\(([^)#]+\.html)', text):
         if '://' in link: continue
@@ -62,14 +82,11 @@ def test_badges(tmp_path):
     for p in notebooks:
         old, new = nbformat.read(p, 4).cells, nbformat.read(folder/p.relative_to(nbs), 4).cells
         assert [c.source for c in new[:1]+new[3:]] == [c.source for c in old]
-        assert new[1].source.endswith(f'/github/somebody/fastai_lp/blob/gh-pages/colab/{p.relative_to(nbs).as_posix()})')
+        assert new[1].source.endswith(f'/github/somebody/fastai_lp/blob/gh-pages/colab/{name_of(p)})')
         assert new[2].source.endswith('pip install -q git+https://github.com/somebody/fastai_lp')
     res = subprocess.run([sys.executable, root/'.ci'/'badges.py'], capture_output=True, text=True)
     assert res.returncode and 'OWNER/NAME' in res.stderr
 
 
-def test_contributing_names_commands_that_exist():
-    text = (root/'CONTRIBUTING.md').read_text()
-    commands = re.findall(r'^\| `([\w-]+)` \|', text, re.M)
-    assert commands == ['nbdev-export', 'nbdev-clean', 'nbdev-test', 'pytest']
-    for o in commands: assert shutil.which(o, path=str(Path(sys.executable).parent))
+@pytest.mark.parametrize('command', re.findall(r'\bnbdev-[a-z-]+|\bpytest\b', (root/'CONTRIBUTING.md').read_text()))
+def test_contributing_names_commands(command): assert shutil.which(command, path=str(Path(sys.executable).parent))
