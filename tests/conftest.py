@@ -46,7 +46,8 @@ def blobs(n=150, d=8, c=3, per_class=3, n_valid=30, seed=0, spread=.5):
 
 
 def blob_model(d=8, c=3):
-    return nn.Sequential(nn.Linear(d, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.1), nn.Linear(16, c))
+    body = nn.Linear(d, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.1)
+    return nn.Sequential(*body, nn.Linear(16, c))
 
 
 def blob_learner(data=None, bs=16, two_stream=True, num_workers=0, seed=0, labels=None, bar=False, cbs=None, model=None,
@@ -92,8 +93,9 @@ def state_of(learn):
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in learn.model.modules()]
     own = [getattr(dl, name, None) for name in ('bs', 'views', 'labeled_only', 'ranks')]
     tfms = [id(o) for o in getattr(getattr(dl, 'after_batch', None), 'fs', [])]
-    return dict(loss=learn.loss_func, metrics=[(type(m), m.name) for m in learn.metrics], callbacks=[type(o) for o in learn.cbs],
-        hooks=hooks, data=(id(learn.dls), len(dl), own, 'get_idxs' in vars(dl)), transforms=tfms, events='_with_events' in vars(learn))
+    data = id(learn.dls), len(dl), own, 'get_idxs' in vars(dl), tfms
+    metrics, cbs = [(type(m), m.name) for m in learn.metrics], [type(o) for o in learn.cbs]
+    return dict(loss=learn.loss_func, metrics=metrics, cbs=cbs, hooks=hooks, data=data, events='_with_events' in vars(learn))
 
 
 def traceless(learn):
@@ -155,8 +157,8 @@ class Break(Callback):
 
 class Stop(Callback):
     "Raises an error once, at an event of an epoch"
-    order = 99
-    def __init__(self, event, epoch, error=KeyboardInterrupt): self.event, self.at, self.error, self.done = event, epoch, error, False
+    order, done = 99, False
+    def __init__(self, event, epoch, error=KeyboardInterrupt): self.event, self.at, self.error = event, epoch, error
     def __call__(self, name):
         if name == self.event and not self.done and (name in ('before_fit', 'after_fit') or self.epoch == self.at):
             self.done = True
@@ -180,7 +182,7 @@ PASSED, ROWS = pytest.StashKey(), pytest.StashKey()
 
 
 def pytest_addoption(parser):
-    parser.addoption('--write-faults', action='store_true', help='write the table of errors in the docs; runs slow tests too')
+    parser.addoption('--write-faults', action='store_true', help='write the table of errors in the docs, with slow tests')
 
 
 def pytest_configure(config):
@@ -199,7 +201,8 @@ class Shows:
     @contextmanager
     def error(self, group, what, match, error=ValueError):
         with pytest.raises(error, match=match) as e: yield e
-        self.result(group, what, f'`{type(e.value).__name__}`: {e.value.args[0] if isinstance(e.value, KeyError) else e.value}')
+        message = e.value.args[0] if isinstance(e.value, KeyError) else e.value
+        self.result(group, what, f'`{type(e.value).__name__}`: {message}')
 
     @contextmanager
     def warning(self, group, what, match, then):

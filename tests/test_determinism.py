@@ -1,7 +1,8 @@
-"The same seed gives bitwise the same pseudo-labels and parameters on the same machine."
+"The same seed gives bitwise the same pseudo-labels and weights on the same machine."
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from fastai.callback.schedule import fit_one_cycle  # chkstyle: ignore (adds Learner.fit_one_cycle)
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
@@ -9,11 +10,11 @@ from fastai.vision.augment import Flip, RandomResizedCrop, aug_transforms
 from PIL import Image
 from torch import nn
 
-from conftest import blob_learner, blobs, flat_weights
+from conftest import blob_learner, blobs, flat_weights, quiet
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.images import SemiImageDataLoaders
-from fastai_lp.transductive.labelers import GTG
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.transductive.labelers import GTG
 from fastai_lp.transductive.neighbors import knn
 
 
@@ -30,61 +31,66 @@ CBS = dict(lp=lambda: [LPCallback()], torch=lambda: [LPCallback(backend='torch')
     HNSW=lambda: [LPCallback(index='HNSW16')], both=lambda: [LPCallback(warmup=1), MeanTeacherCallback()])
 
 
+def run(cbs, seed=0, workers=0, two_stream=True):
+    learn = blob_learner(blobs(spread=1.), seed=seed, num_workers=workers, two_stream=two_stream)
+    learn.fit_one_cycle(2, 1e-2, cbs=CBS[cbs]())
+    return outcome(learn)
+
+
 @pytest.mark.parametrize('cbs', CBS)
-@pytest.mark.parametrize('two_stream', [True, False])
-def test_the_same_seed(cbs, two_stream):
-    if cbs == 'both' and not two_stream: pytest.skip('Mean Teacher needs two-stream batches')
-    def run(seed, workers):
-        learn = blob_learner(blobs(spread=1.), seed=seed, num_workers=workers, two_stream=two_stream)
-        learn.fit_one_cycle(3, 1e-2, cbs=CBS[cbs]())
-        return outcome(learn)
-    first = run(0, 0)
-    assert same(first, run(0, 0))
-    assert same(first, run(0, 2))
-    assert not same(first, run(1, 0))
+def test_the_same_seed(cbs):
+    first = run(cbs)
+    assert same(first, run(cbs))
+    assert not same(first, run(cbs, seed=1))
 
 
-def pictures(root):
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        folder = root/(f"{'train' if i < 8 else 'valid'}/{'ab'[i % 2]}" if i < 14 else 'unsup')
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((80*(i % 2) + rng.integers(0, 120, (20, 20, 3))).astype('uint8')).save(folder/f'{i}.png')
+@pytest.mark.slow
+@pytest.mark.parametrize('cbs, two_stream', [('lp', True), ('both', True), ('lp', False)])
+def test_any_number_of_workers(cbs, two_stream):
+    first, second = (run(cbs, two_stream=two_stream, workers=n) for n in (0, 2))
+    assert same(first, second)
 
+
+@pytest.mark.parametrize('index', ['HNSW16', 'IVF32,Flat'])
+def test_approximate_search_on_one_thread(index):
+    x = F.normalize(torch.randn(3000, 16, generator=torch.Generator().manual_seed(0)))
+    first, second = (knn(x, 10, index=index)[1] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+# Images
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    pictures(root := tmp_path_factory.mktemp('pics'))
+    root, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
+    for i in range(40):
+        path = root/(f"{'train' if i < 8 else 'valid'}/{'ab'[i % 2]}" if i < 14 else 'unsup')
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((80*(i % 2) + rng.integers(0, 120, (20, 20, 3))).astype('uint8')).save(path/f'{i}.png')
     return root
 
 
-def on_images(folder, workers, seed=0, **kwargs):
+def run_on_images(folder, workers, seed=0, **tfms):
     set_seed(seed, reproducible=True)
-    dls = SemiImageDataLoaders.from_folder(folder, bs=8, num_workers=workers, device='cpu', **kwargs)
+    dls = SemiImageDataLoaders.from_folder(folder, bs=8, num_workers=workers, device='cpu', **tfms)
     set_seed(seed, reproducible=True)
     body = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    learn = Learner(dls, nn.Sequential(*body, nn.Linear(8, 2)))
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=LPCallback())
+    learn = quiet(Learner(dls, nn.Sequential(*body, nn.Linear(8, 2))))
+    learn.fit(2, 1e-2, cbs=LPCallback())
     return outcome(learn)
 
 
 def test_augmented_batches(folder):
-    "The main process draws the augmentation of batches: the number of workers does not matter"
+    "The main process draws the augmentation of batches, so the number of workers does not matter"
     def tfms(): return dict(batch_tfms=[*aug_transforms(size=16), Flip()])
-    first = on_images(folder, 0, **tfms())
-    assert same(first, on_images(folder, 0, **tfms()))
-    assert same(first, on_images(folder, 2, **tfms()))
-    assert not same(first, on_images(folder, 0, seed=1, **tfms()))
+    first = run_on_images(folder, 0, **tfms())
+    assert same(first, run_on_images(folder, 0, **tfms()))
+    assert same(first, run_on_images(folder, 2, **tfms()))
+    assert not same(first, run_on_images(folder, 0, seed=1, **tfms()))
 
 
-def test_augmented_items(folder):
-    "The workers draw the augmentation of items from their own seeds: the same number of workers gives the same"
-    def tfms(): return dict(item_tfms=RandomResizedCrop(16))
-    for workers in (0, 2): assert same(on_images(folder, workers, **tfms()), on_images(folder, workers, **tfms()))
-
-
-def test_approximate_search_on_one_thread():
-    x = torch.nn.functional.normalize(torch.randn(3000, 16, generator=torch.Generator().manual_seed(0)))
-    for index in ('HNSW16', 'IVF32,Flat'):
-        first, second = (knn(x, 10, index=index)[1] for _ in range(2))
-        assert torch.equal(first, second)
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_augmented_items(folder, workers):
+    "Workers draw the augmentation of items from their own seeds, so the number of workers must be the same"
+    first, second = (run_on_images(folder, workers, item_tfms=RandomResizedCrop(16)) for _ in range(2))
+    assert same(first, second)
