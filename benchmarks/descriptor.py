@@ -28,7 +28,7 @@ from fastai_lp.learner.data import SemiCategorize, hide_labels
 from fastai_lp.experiments.datasets import Rows, digits
 from fastai_lp.experiments.commands import environment
 from fastai_lp.learner.features import extract_features, find_classifier
-from fastai_lp.transductive.pseudo import propagate
+from fastai_lp.transductive.propagate import propagate
 
 
 def digit_images():

@@ -21,8 +21,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 import faiss
 
 from .transductive.curation import label_issues, suggest
-from .transductive.graph import affinity, as_rows, csr, default_k, knn
-from .transductive.pseudo import check_settings, spread
+from .transductive.graph import affinity, csr
+from .transductive.neighbors import default_k, knn
+from .transductive.propagate import spread
+from .transductive.settings import as_rows, check, constraints
 
 # %% ../nbs/02_estimator.ipynb #d4ee1da2
 def _is_missing(y):
@@ -58,15 +60,15 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
     SciPy sparse; `n_iter_` of the solver and its largest relative `residual_`; `X_`; `n_features_in_`."""
 
     def __init__(self,
-        k:int=None, # neighbours per row; None: `graph.default_k(n)`, about √n/4.5 between 7 and 50
+        k:int=None, # neighbours per row; None: `default_k(n)`, about √n/4.5 between 7 and 50
         gamma:float=3., # exponent of the similarities (the paper's 3)
         alpha:float=.99, # how far labels spread, in [0, 1) (the paper's .99)
         max_iter:int=20, # CG iterations at most (the paper's 20)
         tol:float=1e-6, # relative residual at which CG stops
         seeds:str='class_size', # each class's labels weigh the same together ('class_size'), or each label the same ('raw', as LabelSpreading)
         affinity:str='cosine', # or 'precomputed': X is the symmetric affinity [n, n], dense or sparse, and for new rows [m, n]
-        backend:str='auto', # of the search for neighbours, see `graph.knn`
-        index:str='auto', # see `graph.knn`
+        backend:str='auto', # of the search for neighbours, see `knn`
+        index:str='auto', # see `knn`
         device:str=None, # 'cuda' to run there; None: the CPU
     ):
         self.k, self.gamma, self.alpha, self.max_iter, self.tol, self.seeds = k, gamma, alpha, max_iter, tol, seeds
@@ -86,7 +88,7 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
     ):
         "Build the graph and diffuse the labels. Raises `ValueError` for settings that cannot be, no label at all, rows that are not finite"
         if self.affinity not in ('cosine', 'precomputed'): raise ValueError(f"affinity={self.affinity!r}: expected 'cosine' or 'precomputed'")
-        check_settings(self.k, self.gamma, self.alpha, self.max_iter, self.tol, self.seeds, backend=self.backend)
+        check(constraints, k=self.k, gamma=self.gamma, alpha=self.alpha, max_iter=self.max_iter, tol=self.tol, seeds=self.seeds, backend=self.backend)
         X = self._check(X, ensure_min_samples=2)
         y = self._classes(y, X.shape[0])
         W = self._graph(X)

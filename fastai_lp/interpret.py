@@ -26,7 +26,8 @@ from .utils.files import read_json_lines, read_npz, written_whole
 from .learner.callback import _vocab
 from .transductive.curation import label_issues, suggest
 from .transductive.graph import affinity
-from .transductive.pseudo import PseudoLabels, spread
+from .transductive.propagate import spread
+from .transductive.pseudo import PseudoLabels
 
 # %% ../nbs/01_interpret.ipynb #2065f967
 CORRECT, WRONG, UNLABELED = '#0072B2', '#D55E00', '#BBBBBB'
@@ -169,7 +170,7 @@ class LPInterpretation:
         "Read it back; nothing in the file is executed. A `ValueError` where it was cut off, damaged or changed"
         f = read_npz(fname, checksum=True)
         more = {k: f[k] for k in ('truth', 'items') if k in f}
-        return cls(PseudoLabels._of(f, fname), json.loads(f['history'].item()) if 'history' in f else [], vocab=f['vocab'].tolist() if 'vocab' in f else None, dl=dl, **more)
+        return cls(PseudoLabels.from_arrays(f, fname), json.loads(f['history'].item()) if 'history' in f else [], vocab=f['vocab'].tolist() if 'vocab' in f else None, dl=dl, **more)
 
     def to_df(self)->pd.DataFrame:
         "A row per item: item, label (missing where no label reaches), certainty ω, weight ω·ζ, labeled, reached, and truth where known"

@@ -93,7 +93,7 @@ def test_shows_progress_with_a_bar(data, capsys):
     learn = blob_learner(data, bar=True)
     learn.fit(1, cbs=LPCallback())
     out = capsys.readouterr().out
-    assert 'lp_certainty' in out and 'descriptors' in out and 'neighbours' in out and 'diffusion' in out
+    assert 'lp_certainty' in out and 'descriptors' in out and 'neighbors' in out and 'diffusion' in out
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -359,7 +359,7 @@ def test_extraction_interrupted(learn, monkeypatch):
     traceless(learn)
 
 
-@pytest.mark.parametrize('stage', ['neighbours', 'diffusion'])
+@pytest.mark.parametrize('stage', ['neighbors', 'diffusion'])
 def test_a_stage_interrupted(learn, stage, monkeypatch):
     "Ctrl-C between two blocks of the search, or of the classes; the next fit is as if there had been none"
     state, order = flat_weights(learn), learn.dls.train.rng.getstate()
@@ -449,7 +449,7 @@ def test_columns_of_epochs_without_an_update(data, tmp_path):
 def test_mixing_a_labeler_with_graph_arguments():
     with E(ValueError, match='pass k, gamma to it'): LPCallback(NetworkPrediction(), k=5, gamma=2)
     with E(TypeError): LPCallback(neighbours=5)
-    for bad, match in ((dict(alpha=1.5), 'alpha=1.5'), (dict(warmup=-1), 'warmup=-1'), (dict(backend='zz'), "backend='zz'")):
+    for bad, match in ((dict(alpha=1.5), 'alpha must be'), (dict(warmup=-1), 'warmup=-1'), (dict(backend='zz'), 'backend must be')):
         with E(ValueError, match=match): LPCallback(**bad)
     assert LPCallback(k=5).labeler == Diffusion(k=5)
 

@@ -25,7 +25,7 @@ def outcome(learn):
 def same(a, b): return all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
 
 
-CBS = dict(lp=lambda: [LPCallback()], torch=lambda: [LPCallback(backend='torch')], warm=lambda: [LPCallback(refresh='auto', min_recall=.8)], gtg=lambda: [LPCallback(GTG())], HNSW=lambda: [LPCallback(index='HNSW16')],
+CBS = dict(lp=lambda: [LPCallback()], torch=lambda: [LPCallback(backend='torch')], gtg=lambda: [LPCallback(GTG())], HNSW=lambda: [LPCallback(index='HNSW16')],
     both=lambda: [LPCallback(warmup=1), MeanTeacherCallback()])
 
 

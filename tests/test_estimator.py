@@ -14,7 +14,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from fastai_lp.learner.data import hide_labels
 from fastai_lp.estimator import LabelDiffusion
-from fastai_lp.transductive.pseudo import propagate
+from fastai_lp.transductive.propagate import propagate
 
 pixels, truth = load_digits(return_X_y=True)
 
@@ -129,7 +129,7 @@ def test_suggest_and_label_issues(fitted):
 
 
 @pytest.mark.parametrize('params,y,match', [
-    (dict(k=0), None, 'k=0'), (dict(gamma=0), None, 'gamma=0'), (dict(alpha=1), None, 'alpha=1'), (dict(max_iter=0), None, 'max_iter=0'),
+    (dict(k=0), None, 'k must be'), (dict(gamma=0), None, 'gamma must'), (dict(alpha=1), None, 'alpha must'), (dict(max_iter=0), None, 'max_iter must'),
     (dict(seeds='mean'), None, 'seeds'), (dict(affinity='rbf'), None, "'cosine' or 'precomputed'"), (dict(backend='annoy'), None, 'backend'),
     (dict(), np.full(20, -1), 'no row is labeled'), (dict(), np.zeros(19, int), '19 labels for 20 rows'), (dict(), np.full(20, np.nan), 'NaN')])
 def test_refuses(params, y, match):

@@ -24,7 +24,8 @@ from fastai_lp.interpret import LPInterpretation, plot_certainty, plot_toy, toy
 from fastai_lp.transductive.labelers import NetworkPrediction
 from fastai_lp.experiments.models import small_convnet
 from fastai_lp.transductive.advice import advice
-from fastai_lp.transductive.pseudo import PseudoLabels, propagate
+from fastai_lp.transductive.propagate import propagate
+from fastai_lp.transductive.pseudo import PseudoLabels
 
 
 @pytest.fixture(autouse=True)

@@ -337,14 +337,13 @@ def cutmix(make): mixed(make, CutMix())
 @habit
 def beyond_the_paper(make):
     "The preset, and more of what goes beyond the paper; what is no image keeps its inputs, with a warning"
-    learn, cb, spy = make(), LPCallback.strong(ema=.9, steps=2, soft=True, unlabeled_views=2 if isinstance(make().dls.train, TwoStream) else 1, min_labeled=1), Spy()
+    learn, cb, spy = make(), LPCallback.strong(ema=.9, steps=2, unlabeled_views=2 if isinstance(make().dls.train, TwoStream) else 1, min_labeled=1), Spy()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         learn.fit(1, cbs=[cb, spy])
     images = any(isinstance(o, TensorImage) for o in learn.dls.train.one_batch())
     assert images == (not any('strong_tfms=True is for images' in str(o.message) for o in said))
     p = cb.record.pseudo
-    torch.testing.assert_close(p.soft.sum(1)[p.reached], torch.ones(int(p.reached.sum())))
     most = max(p.weights.max(), 1)
     for pred, target, loss, hard in spy.batches: assert target.shape == pred.shape and target.min() >= 0 and math.isfinite(loss) and not hard.is_floating_point()
     learn.validate()

@@ -27,7 +27,7 @@ class Stop(Callback):
 
 TORCH_SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
 CBS = dict(none=lambda: [], lp=lambda: [LPCallback(warmup=1)], every=lambda: [LPCallback(every=3)], mt=lambda: [MeanTeacherCallback()],
-    both=lambda: [LPCallback(warmup=2), MeanTeacherCallback()], warm=lambda: [LPCallback(refresh='auto', min_recall=.8, warm_start=True)])
+    both=lambda: [LPCallback(warmup=2), MeanTeacherCallback()])
 
 
 def run(cbs, path, extra=(), opt=None, seed=0, workers=0, epochs=5, data=None):

@@ -26,7 +26,7 @@ from .features import Thumbnail, extract_features, find_classifier, find_descrip
 from ..transductive.labelers import Diffusion
 from .mixing import StreamMixUp
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
-from ..transductive.pseudo import check_labels
+from ..transductive.settings import check_labels
 from ..transductive.advice import advice, memory_advice
 from .scoped import FitScoped
 from ..utils.ema import RunningMean
@@ -241,13 +241,13 @@ class LPCallback(FitScoped):
         if self.learn.dl is not self._fit.dl: self.learn.dl.bs = self._fit.dl.bs  # a DistributedDL has a copy
 
     def _take(self):
-        "Labels, weights and soft labels of all items, for the coming batches"
+        "Labels and weights of all items, for the coming batches"
         fit, p = self._fit, self.record.pseudo
-        if fit.warm: fit.labels, fit.weights, fit.soft = fit.y, (fit.y >= 0).float(), None
-        else: fit.labels, fit.weights, fit.soft = p.labels, p.weights, p.soft
+        if fit.warm: fit.labels, fit.weights = fit.y, (fit.y >= 0).float()
+        else: fit.labels, fit.weights = p.labels, p.weights
 
     def before_batch(self):
-        "Targets become one-hot rows, or soft labels, times ω·ζ"
+        "Targets become one-hot rows times ω·ζ"
         fit, bs, given = self._fit, self.dl.bs, self.learn.yb[0]
         if self.iter == 0 and not fit.warm:
             self._see_images()
@@ -265,7 +265,7 @@ class LPCallback(FitScoped):
             labeled = weights.sum() if fit.world == 1 else mean_of(weights.sum())
             weights = weights*(len(idx)/labeled.clamp(min=1/fit.world))
         fit.hard, self.batch_unlabeled = torch.where(labels < 0, -100, labels).view(given.shape).as_subclass(type(given)), fit.y[idx] < 0
-        self.learn.yb = (weighted_targets(labels, weights, self.dls.c) if fit.soft is None else fit.soft[idx]*weights[:, None],)
+        self.learn.yb = (weighted_targets(labels, weights, self.dls.c),)
 
     def _see_images(self):
         "The transforms of `strong_tfms` are fastai's, which pass by what is not a `TensorImage`"

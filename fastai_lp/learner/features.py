@@ -24,7 +24,7 @@ from fastai.vision.learner import TimmBody
 
 from ..utils.files import reserve
 from ..utils.distributed import unwrapped
-from ..transductive.graph import rows_not_finite
+from ..transductive.settings import rows_not_finite
 from ..utils.progress import gathered, share_of
 
 # %% ../../nbs/learner/08_features.ipynb #bafe0ec6
