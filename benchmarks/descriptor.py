@@ -27,10 +27,10 @@ from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize
 from fastai_lp.learner.splitting import hide_labels
 from fastai_lp.experiments.datasets import Rows, digits
-from fastai_lp.experiments.commands import environment
+from fastai_lp.experiments.train import environment
 from fastai_lp.learner.features import Extractor
 from fastai_lp.learner.layers import find_classifier
-from fastai_lp.transductive.pseudo import propagate
+from fastai_lp.transductive.propagate import propagate
 
 
 def digit_images():

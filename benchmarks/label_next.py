@@ -16,7 +16,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.experiments.datasets import digits, digits_dls
-from fastai_lp.experiments.commands import environment
+from fastai_lp.experiments.train import environment
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.experiments.models import small_convnet
 

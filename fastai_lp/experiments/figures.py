@@ -19,7 +19,8 @@ from fastcore.script import call_parse
 
 from ..utils.files import atomic_write
 from .commands import COLORS, read_images, row_name, test_error
-from ..interpret import CLASSES, LPInterpretation, plot_toy, toy
+from ..plots import CLASSES
+from ..interpret import LPInterpretation, plot_toy, toy
 from .report import LONG, PAPER, as_paper, experiment, grouped, names_of, read_runs, settings, title_of
 
 # %% ../../nbs/experiments/08_figures.ipynb #2461e7ac
