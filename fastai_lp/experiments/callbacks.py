@@ -89,7 +89,7 @@ class BFloat16(FitScoped):
     "Autocast to bfloat16 on the device of the data, in training and validation"
     order, cast = 10, None  # as MixedPrecision
     def before_batch(self):
-        self.cast = torch.autocast(self.dls.device.type, torch.bfloat16)
+        self.cast = torch.autocast(torch.device(self.dls.device).type, torch.bfloat16)
         self.cast.__enter__()
     def after_pred(self): self.learn.pred = to_float(self.pred)
     def after_loss(self):
