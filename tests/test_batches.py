@@ -25,8 +25,9 @@ from fastai_lp.experiments.readers import cifar10
 from fastai_lp.experiments.splits import show_labels
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import TwoStream, targets_of
-from fastai_lp.learner.features import extract_features
+from fastai_lp.learner.data import targets_of
+from fastai_lp.learner.features import Extractor
+from fastai_lp.learner.streams import TwoStream
 
 DATA = Path(os.environ.get('FASTAI_LP_DATA', 'nowhere'))
 
@@ -198,7 +199,7 @@ def test_an_exported_learner_has_no_images(fitted):
 def test_features_and_validation_use_clean_images():
     d = random_images()
     dls, clean = image_dls(d, bs=20, device='cpu'), (d.images/255-.5)/.25
-    feats = extract_features(Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*12*12, 3)))).feats
+    feats = Extractor()(Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*12*12, 3)))).feats
     torch.testing.assert_close(feats, F.normalize(clean[:200].flatten(1)))
     for _ in range(2): torch.testing.assert_close(torch.cat([plain(x) for x, _ in dls.valid]), clean[200:])
 

@@ -14,7 +14,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from conftest import blob_learner, blobs
 from fastai_lp.experiments.models import ConvNet13, WNConv2d, WNL2Linear, WNLinear, resnet18_84, small_convnet
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.features import L2Linear, add_l2norm, extract_features, find_classifier, find_descriptor
+from fastai_lp.learner.features import Extractor
+from fastai_lp.learner.layers import L2Linear, add_l2norm, find_classifier, find_feature_layer
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback, teacher_in_place
 
 CONVS = [(3, 128, 3, 1), (128, 128, 3, 1), (128, 128, 3, 1), (128, 256, 3, 1), (256, 256, 3, 1), (256, 256, 3, 1),
@@ -127,7 +128,7 @@ def test_small_convnet_takes_any_width(l2):
     for width in (8, 32):
         net = small_convnet(5, n_in=3, width=width, l2=l2)
         assert net(images()).shape == (4, 5)
-        assert find_descriptor(net, 5) == (net[-1], True)
+        assert find_feature_layer(net, 5) == (net[-1], True)
         assert net[-1].in_features == 2*width
         assert isinstance(net[-1], L2Linear) == l2
 
@@ -148,7 +149,7 @@ def test_two_heads(make, size):
     net.eval()
     assert torch.equal(net(x), net.head1(net.body(x)))
     assert find_classifier(net, 5) is net.head1
-    assert find_descriptor(net, 5) == (net.head1, True)
+    assert find_feature_layer(net, 5) == (net.head1, True)
     single = make(5)
     assert single.head2 is None
     left = single.load_state_dict(net.state_dict(), strict=False)
@@ -247,7 +248,7 @@ def test_fit_features_and_export(make, d, dual, tmp_path):
     assert learn.lp_record.pseudo.reached.all()
     learn.remove_cb(FirstHead)  # not needed in evaluation mode
     assert learn.get_preds()[0].shape == (12, 3)
-    found, net = extract_features(learn), learn.model.eval()
+    found, net = Extractor()(learn), learn.model.eval()
     x = torch.stack([o[0] for o in learn.dls.train_ds])
     assert found.feats.shape == (36, d)
     with torch.no_grad():

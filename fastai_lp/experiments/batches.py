@@ -18,7 +18,8 @@ from fastai.torch_core import TensorCategory, default_device
 from fastai.vision.core import TensorImage
 from fastcore.basics import listify, patch, store_attr
 
-from ..learner.data import SemiCategorize, semi_dls
+from ..learner.data import SemiCategorize
+from ..learner.streams import semi_dls
 from .datasets import ImageArrays
 from .decode import decode_images
 

@@ -16,7 +16,7 @@ import torch
 from fastai.torch_core import progress_bar
 from fastcore.script import call_parse, store_true
 
-from ..utils.files import read_npz, written_whole
+from ..utils.files import read_npz, atomic_write
 from ..transductive.graph import default_k
 from .datasets import ImageArrays, digits
 from .readers import cifar10, cifar100, mini_imagenet
@@ -177,7 +177,7 @@ def lp_train(
 # %% ../../nbs/experiments/11_commands.ipynb #196a0eeb
 def _show_results(runs, what, path):
     fig = plot_runs(runs, what)
-    with written_whole(path.with_name(f'{path.name}.png')) as f: fig.savefig(f, dpi=150)
+    with atomic_write(path.with_name(f'{path.name}.png')) as f: fig.savefig(f, dpi=150)
     plt.close(fig)
     print(f"\n\n{what}; mean ± standard error\n\n{to_markdown(summarize(runs))}\n")
     print(f"details in {path}.jsonl, figure in {path}.png")

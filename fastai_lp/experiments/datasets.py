@@ -20,7 +20,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ..learner.augment import RandomAffine
-from ..learner.data import SemiCategoryBlock, hide_labels, semi_dls
+from ..learner.data import SemiCategoryBlock
+from ..learner.splitting import hide_labels
+from ..learner.streams import semi_dls
 
 # %% ../../nbs/experiments/02_datasets.ipynb #1a5288e8
 @dataclass(repr=False, eq=False)

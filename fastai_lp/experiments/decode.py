@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..utils.files import read_npz, written_whole
+from ..utils.files import read_npz, atomic_write
 from .datasets import ImageArrays
 
 # %% ../../nbs/experiments/04_decode.ipynb #10b622eb
@@ -77,7 +77,7 @@ def decode_once(
     if images is not None: return images if everything else images[wanted]
     images = decode_images([sources[i] for i in wanted], size, crop)
     if everything and cache is not None:
-        with suppress(OSError), written_whole(cache, checksum=True) as f: np.savez(f, images=images.numpy(), key=key)
+        with suppress(OSError), atomic_write(cache, checksum=True) as f: np.savez(f, images=images.numpy(), key=key)
     return images
 
 # %% ../../nbs/experiments/04_decode.ipynb #492e74fb

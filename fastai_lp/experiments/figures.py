@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.script import call_parse
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from ..utils.files import written_whole
+from ..utils.files import atomic_write
 from ..interpret import LPInterpretation
 from .commands import read_images
 from .flow import figure2
@@ -205,6 +205,6 @@ def lp_figures(
         try: fig = make(*args)
         except Lacking as e: print(f'figure{i} skipped: {e}')
         else:
-            with written_whole(file := folder/f'figure{i}.png') as f: fig.savefig(f, dpi=150)
+            with atomic_write(file := folder/f'figure{i}.png') as f: fig.savefig(f, dpi=150)
             plt.close(fig)
             print(file)

@@ -15,14 +15,14 @@ from fastai.data.transforms import get_image_files
 from fastcore.foundation import L
 
 from ..utils.files import read_npz
-from ..learner.images import _by_name
+from ..learner.images import sorted_by_name
 from .datasets import ImageArrays
 from .decode import ImageFiles, image_arrays
 
 # %% ../../nbs/experiments/05_readers.ipynb #d02f9396
 def _class_files(root, what, how):
     "The images below `root` and the names of their folders; the order does not depend on the folder names"
-    files = _by_name(get_image_files(root)) if root.is_dir() else L()
+    files = sorted_by_name(get_image_files(root)) if root.is_dir() else L()
     if not files: raise FileNotFoundError(f"{what}: expected class folders in {root}, found no images. {how}")
     if stray := [o for o in files if o.parent == root]:
         raise ValueError(f"{what}: {stray[0]} is not in a class folder; expected {root}/CLASS/{stray[0].name}")
@@ -154,7 +154,7 @@ def imagewang(
     path, what = _downloaded(URLs.IMAGEWANG_160, 'Image网') if path is None else Path(path), 'Image网'
     how = f"Pass a folder with train/, val/ and unsup/, or leave out path= to download it from {URLs.IMAGEWANG_160}"
     (files, classes), (test_files, test_classes) = (_class_files(path/o, what, how) for o in ('train', 'val'))
-    free = _by_name(get_image_files(path/'unsup')) if (path/'unsup').is_dir() else L()
+    free = sorted_by_name(get_image_files(path/'unsup')) if (path/'unsup').is_dir() else L()
     if not free: raise FileNotFoundError(f"{what}: expected unlabeled images in {path/'unsup'}, found none. {how}")
     vocab = sorted(set(classes))
     unlabeled = ImageFiles(list(free), np.full(len(free), -1), [o.name for o in free])

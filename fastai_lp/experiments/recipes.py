@@ -17,7 +17,8 @@ from fastcore.basics import patch
 
 from ..learner.augment import strong_tfms
 from ..learner.callback import LPCallback
-from ..learner.features import Thumbnail
+from ..learner.features import Extractor
+from ..learner.layers import Thumbnail
 from ..transductive.labelers import GTG, Diffusion, NetworkPrediction
 
 # %% ../../nbs/experiments/08_recipes.ipynb #9612a55d
@@ -112,18 +113,17 @@ def lp_callback(
 )->LPCallback:
     "`LPCallback` with the settings of a recipe"
     tricks = dict(recipe.tricks or {})
-    tfms = tricks.get('unlabeled_tfms')
+    tfms, features = tricks.get('unlabeled_tfms'), tricks.pop('features', {})
     if isinstance(tfms, dict): tricks['unlabeled_tfms'] = strong_tfms(**tfms)
-    features = tricks.pop('features', {}) | (dict(augment=True) if recipe.augment_descriptors else {})
-    if features.get('backbone') == 'thumbnail': features['backbone'] = Thumbnail()
-    if 'weight' in features: features['beside'] = features.pop('weight')
-    if 'augment' in features: features['augment'] = int(features['augment'])
-    if 'unlabeled_tfms' in tricks: tricks['strong_tfms'] = tricks.pop('unlabeled_tfms')
-    if method == 'strong': return LPCallback.strong(truth=truth, **features, **tricks)
+    if features.get('backbone') == 'thumbnail': features = features | dict(backbone=Thumbnail())
+    if recipe.augment_descriptors: features = features | dict(augment=True)
+    if method == 'strong':
+        if features: tricks['features'] = replace(LPCallback.strong().features, **features)
+        return LPCallback.strong(truth=truth, **tricks)
     labeler = _labeler(method, recipe)
     own = {o.name for o in fields(labeler)} & tricks.keys()
     labeler = replace(labeler, **{o: tricks.pop(o) for o in own})
-    return LPCallback(labeler, truth=truth, **features, **tricks)
+    return LPCallback(labeler, truth=truth, features=Extractor(**features), **tricks)
 
 # %% ../../nbs/experiments/08_recipes.ipynb #1ab5369f
 OF_STAGE2 = tuple('stage2 baselines_go_on k gamma alpha max_iter tol seeds omega omega_norm zeta zeta_norm'.split())

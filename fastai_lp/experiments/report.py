@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import call_parse
 
-from ..utils.files import written_whole
+from ..utils.files import atomic_write
 from .recipes import OF_STAGE2, RECIPES
 from .results import markdown_table, read_lines, row_name
 
@@ -204,4 +204,4 @@ def lp_tables(
     except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e))
     print(text)
     if out:
-        with written_whole(out) as f: f.write((text + '\n').encode())
+        with atomic_write(out) as f: f.write((text + '\n').encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.files import read_npz
-from ..learner.data import hide_labels
+from ..learner.splitting import hide_labels
 from .datasets import ImageArrays
 
 # %% ../../nbs/experiments/03_splits.ipynb #2bf8b42d
