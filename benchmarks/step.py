@@ -1,21 +1,35 @@
-"""One epoch's step – graph, diffusion, pseudo-labels – against its peers: time per stage, accuracy, agreement with float64, peak memory.
+"""Compares the transductive step (graph, diffusion, pseudo-labels) with other implementations: time per stage,
+accuracy, agreement with float64, peak memory.
 
-    OMP_NUM_THREADS=2 python benchmarks/step.py [--n 50000] [--c 10 100] [--parts knn assembly diffusion step agreement] [--memory] [--save]
+The items are synthetic: each class is a mixture of 3 random unit directions with random positive weights plus
+Gaussian noise of length about `noise` (chosen so that label propagation labels about 80 to 95 % correctly),
+ℓ2-normalized, in random order, with 10 labels per class (5 from 1,000 classes on). Unlike real features, they have no
+low-dimensional structure and no order in memory.
 
-The items are synthetic and seeded: each of the c classes is a mixture of 3 random unit directions with random positive weights, plus
-Gaussian noise of length about `noise` (chosen so that label propagation gets some 80 to 95 % right), ℓ2-normalised, in random order;
-10 labels per class (5 from 1,000 classes on). They have no low-dimensional structure and no order in memory, which real features have.
+All implementations take turns in one process. A ratio is taken per repeat (other/ours, for `knn` ours/other), and the
+median is shown.
+  knn        faiss: a plain faiss.IndexFlatIP, add and search of k+1
+  assembly   scipy: csr of (s^γ, (i, j)), W = A + Aᵀ, zero diagonal, D^-½ W D^-½ with scipy.sparse.diags, in float32;
+             scipy_direct: the same by an expert: rows as they are, no diagonal to clear, scaled in place
+  diffusion  authors: scipy.sparse.linalg.cg class by class in float64, as in their program; authors32: in float32;
+             torch_csr: our block CG with torch's sparse CSR product
+  step       authors: FAISS flat, SciPy assembly, cg class by class, ω with scipy.stats.entropy; LabelSpreading of
+             scikit-learn (knn kernel, same k, α, 20 iterations), once from 50,000 items on and not beyond 100,000
+  agreement  with 20 iterations in float64 on the same graph
 
-Peers, all in one run with ours, turn about; ratios are per repeat (peer/ours, for `knn` ours/peer), the median is shown:
-  knn        a bare faiss.IndexFlatIP, add and search of k+1
-  assembly   scipy: csr of (s^γ, (i, j)), W = A + Aᵀ, zero diagonal, D^-½ W D^-½ by scipy.sparse.diags, float32, the obvious way;
-             scipy_direct: the same by one who knows SciPy well: rows as they are, no diagonal to clear, scaled in place
-  diffusion  authors: scipy.sparse.linalg.cg class by class, float64, as their program does; authors32: the same in float32;
-             torch_csr: the same block CG as ours, in float32, with torch's sparse CSR product
-  step       authors: FAISS flat, the SciPy assembly, cg class by class, ω by scipy.stats.entropy; LabelSpreading of scikit-learn (knn
-             kernel, same k, α, 20 iterations), once from 50,000 items on and not at all beyond 100,000
-`--bounds` adds to all rows of results/step.json what the machine could do at most, see `bounds`: for when nothing else runs. `agreement` compares with the same 20 iterations in float64 on the same graph. `--memory` adds the peak memory of `propagate` alone, in a
-process of its own. Each (n, c) is a row of results/step.json, which `--save` merges into: parts not measured this time are kept."""
+Each (n, c) is a row of the result; --save merges into existing rows. --bounds adds what the machine could do at most
+(see `bounds`) to all rows, and needs an idle machine. --memory measures the peak memory of `propagate` in a process
+of its own. Reproduces results/step.json:
+
+    export OMP_NUM_THREADS=2
+    for n in 2000 5000; do python benchmarks/step.py --n $n --repeats 5 --save; done
+    for n in 10000 20000 50000; do python benchmarks/step.py --n $n --save; done
+    python benchmarks/step.py --n 10000 --c 1000 --repeats 1 --save
+    python benchmarks/step.py --n 100000 --c 10 --repeats 1 --save
+    python benchmarks/step.py --n 200000 --c 10 --parts assembly diffusion agreement --save
+    python benchmarks/step.py --n 200000 --c 1000 --parts --memory --drop-Z --intrinsic 16 --save
+    python benchmarks/step.py --n 1000000 --c 10 --parts --memory --intrinsic 16 --save
+    python benchmarks/step.py --bounds"""
 import argparse
 import gc
 import json
@@ -47,13 +61,14 @@ from fastai_lp.transductive.propagate import propagate, seed_matrix
 
 GAMMA, ALPHA, ITERS, TOL = 3, .99, 20, 1e-6
 NOISE = {10: 2.6, 100: 2., 1000: 1.5}
-WANTED = { # (stage, peer, (n, c) or None for any): lowest ratio accepted, for knn the highest
-    ('knn', 'faiss', None): 1.2, ('assembly', 'scipy', None): 1.8, ('diffusion', 'authors', (50_000, 100)): 12, ('diffusion', 'authors', (50_000, 10)): 6,
-    ('diffusion', 'authors', (200_000, 10)): 10, ('step', 'authors', (50_000, 100)): 2.2, ('step', 'LabelSpreading', (50_000, 100)): 3}
+WANTED = {  # goals for (part, peer, (n, c) or None for any): minimum ratio, for knn the maximum
+    ('knn', 'faiss', None): 1.2, ('assembly', 'scipy', None): 1.8, ('diffusion', 'authors', (50_000, 100)): 12,
+    ('diffusion', 'authors', (50_000, 10)): 6, ('diffusion', 'authors', (200_000, 10)): 10,
+    ('step', 'authors', (50_000, 100)): 2.2, ('step', 'LabelSpreading', (50_000, 100)): 3}
 
 
 def items(n, d, c, noise, seed=0, modes=3, chunk=50_000, intrinsic=None):
-    "(features [n, d], truth [n], labels [n], −1 where unlabeled); `intrinsic`: dimensions of the space in which all lie, None: d"
+    "(features [n, d], truth [n], labels [n], −1 if unlabeled); `intrinsic`: dimensions of the items' subspace, None: d"
     g, m = torch.Generator().manual_seed(seed), intrinsic or d
     truth, dirs = torch.randint(c, (n,), generator=g), F.normalize(torch.randn(c, modes, m, generator=g), dim=2)
     frame = None if intrinsic is None else torch.linalg.qr(torch.randn(d, m, generator=g))[0].T
@@ -98,11 +113,12 @@ def scipy_direct(sims, idxs):
 
 def authors_cg(S, Y, dtype=np.float64):
     A = (sp.eye(S.shape[0], dtype=dtype) - dtype(ALPHA)*S).tocsr()
-    return np.stack([cg(A, np.ascontiguousarray(Y[:, j], dtype), rtol=TOL, maxiter=ITERS)[0] for j in range(Y.shape[1])], 1)
+    Y = np.asarray(Y, dtype, order='F')
+    return np.stack([cg(A, Y[:, j], rtol=TOL, maxiter=ITERS)[0] for j in range(Y.shape[1])], 1)
 
 
 def weigh(Z, norm=True):
-    "(pseudo-labels, ω) of scores, as the authors' program has them; `norm`: ω divided by its maximum"
+    "(pseudo-labels, ω) of scores, as in the authors' program; `norm`: ω divided by its maximum"
     Z = np.maximum(Z, 0)
     mass = Z.sum(1, keepdims=True)
     p = np.divide(Z, mass, out=np.zeros_like(Z), where=mass > 0)
@@ -116,7 +132,7 @@ def authors_step(x, Y, k):
 
 
 def block_cg(mul, Y):
-    "`diffuse`, with the product S @ x as `mul`"
+    "`diffuse` with the product S @ x as `mul`"
     Z, r = torch.zeros_like(Y), Y.clone()
     p, rr, norm2 = r.clone(), (r*r).sum(0), (Y*Y).sum(0)
     for _ in range(ITERS):
@@ -132,12 +148,13 @@ def block_cg(mul, Y):
 
 def label_spreading(x, y, k):
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # 20 iterations are not enough for its tolerance; zero rows divide by zero
-        return LabelSpreading(kernel='knn', n_neighbors=k, alpha=ALPHA, max_iter=ITERS, n_jobs=-1).fit(x, y).transduction_
+        warnings.simplefilter('ignore')  # 20 iterations do not reach its tolerance, and zero rows divide by zero
+        model = LabelSpreading(kernel='knn', n_neighbors=k, alpha=ALPHA, max_iter=ITERS, n_jobs=-1)
+        return model.fit(x, y).transduction_
 
 
 def race(repeats, once=(), **fns):
-    "Run `fns` in turn, every other time backwards, those in `once` once: medians, ratios to the first per repeat, and the last results"
+    "Run `fns` in turn, backwards every other time, those in `once` once: medians, ratios to the first, last results"
     names, times, res = list(fns), {o: [] for o in fns}, {}
     for i in range(repeats):
         for name in names[::-1] if i % 2 else names:
@@ -152,7 +169,7 @@ def race(repeats, once=(), **fns):
 
 
 def bounds(n, d, nnz, c):
-    "What this machine could do at most, measured here: inner products at the best rate of a large matrix product, scores read at the best rate of summing as many"
+    "Lower bounds on this machine: inner products at the rate of a matrix product, scores at the rate of a sum"
     a, x = torch.randn(3072, 3072), torch.randn(n, min(c, 32))
     def best(f): return min(timed(f) for _ in range(9))
     flops, read = 2*3072**3/best(lambda: a @ a), 4*x.numel()/best(x.sum)
@@ -165,65 +182,108 @@ def timed(f):
     return time.perf_counter() - start
 
 
-def sp_csr(S): return sp.csr_matrix((S.values().numpy(), S.col_indices().numpy(), S.crow_indices().numpy()), shape=S.shape)
+def sp_csr(S):
+    arrays = (o.numpy() for o in (S.values(), S.col_indices(), S.crow_indices()))
+    return sp.csr_matrix(tuple(arrays), shape=S.shape)
 
 
 def accuracy(labels, truth, y): return (torch.as_tensor(labels)[y < 0] == truth[y < 0]).float().mean().item()
 
 
+def measure_knn(x, k, repeats):
+    res, found = race(repeats, knn=lambda: knn(x, k), faiss=lambda: faiss_flat(x.numpy(), k+1))
+    res['ratio'] = dict(faiss=median(1/o for o in res.pop('ratios')['faiss']))  # ours/other
+    return res, found['knn']
+
+
+def measure_assembly(graph, repeats):
+    sims, idxs = (o.numpy() for o in graph)
+    def ours(): return normalize(affinity(*graph, GAMMA))[0]
+    peers = dict(scipy=lambda: scipy_assembly(sims, idxs), scipy_direct=lambda: scipy_direct(sims, idxs))
+    res, found = race(repeats+2, ours=ours, **peers)
+    for peer in peers:
+        diff = abs(sp_csr(found['ours']) - found[peer]).max()
+        assert diff < 1e-5, f'the assembly differs from {peer} by {diff}'
+    return res
+
+
+def measure_diffusion(S, Y, repeats):
+    T = sp_csr(S)
+    peers = dict(authors=lambda: authors_cg(T, Y.numpy()), authors32=lambda: authors_cg(T, Y.numpy(), np.float32),
+        torch_csr=lambda: block_cg(lambda p: S @ p, Y))
+    res, found = race(repeats, ours=lambda: diffuse(S, Y, ALPHA, ITERS, TOL).Z, **peers)
+    def same(z): return (found['ours'].argmax(1) == torch.as_tensor(z).argmax(1)).float().mean().item()
+    res['same_argmax'] = {o: same(z) for o, z in found.items()}
+    assert res['same_argmax']['authors'] >= .999, res['same_argmax']
+    return res
+
+
+def measure_agreement(x, y, Y, k, kw):
+    "With float64 on our own graph, since rounding of the ℓ2 norm can change the k-th neighbor"
+    ours = propagate(x, y, Y.shape[1], k=k, gamma=GAMMA, alpha=ALPHA, max_iter=ITERS, tol=TOL, **kw)
+    T = sp_csr(normalize(ours.W.double())[0])
+    Z = block_cg(lambda p: torch.from_numpy(T @ p.numpy()), Y.double()).numpy()
+    labels, omega = weigh(Z)
+    unlabeled, reached = (y < 0).numpy(), (Z > 0).any(1)
+    both = unlabeled & ours.reached.numpy() & reached
+    differs = (ours.reached.numpy() != reached)[unlabeled]
+    return dict(argmax=float((ours.labels.numpy() == labels)[both].mean()),
+        omega=float(abs(ours.certainty.numpy() - omega)[both].max()), reached=float(both.sum()/unlabeled.sum()),
+        reached_differs=int(differs.sum()), omega_raw_max=float(weigh(Z, False)[1].max()))
+
+
+def measure_step(x, truth, y, Y, k, repeats, kw):
+    n, v = len(x), x.numpy()
+    peers = dict(authors=lambda: authors_step(v, Y.numpy(), k)[0])
+    if n <= 100_000: peers['LabelSpreading'] = lambda: label_spreading(v, y.numpy(), k)
+    once = ('LabelSpreading',) if n >= 50_000 else ()
+    res, found = race(repeats, once, ours=lambda: propagate(x, y, Y.shape[1], k=k, **kw), **peers)
+    res['stages'], found['ours'] = found['ours'].seconds, found['ours'].labels
+    return res | dict(accuracy={o: accuracy(p, truth, y) for o, p in found.items()})
+
+
 def measure(n, d, k, c, noise, parts, repeats, kw):
     x, truth, y = items(n, d, c, noise)
-    Y, v, row = seed_matrix(y, c), x.numpy(), dict(n=n, d=d, k=k, c=c, noise=noise)
-    graph = None
-    if 'knn' in parts:
-        row['knn'], res = race(repeats, knn=lambda: knn(x, k), faiss=lambda: faiss_flat(v, k+1))
-        row['knn']['ratio'] = dict(faiss=median(1/o for o in row['knn'].pop('ratios')['faiss']))  # ours over the peer's here
-        graph = res['knn']
+    Y, row, graph = seed_matrix(y, c), dict(n=n, d=d, k=k, c=c, noise=noise), None
+    if 'knn' in parts: row['knn'], graph = measure_knn(x, k, repeats)
     if graph is None and {'assembly', 'diffusion'} & set(parts): graph = knn(x, k)
-    if 'assembly' in parts:
-        sims, idxs = (o.numpy() for o in graph)
-        row['assembly'], res = race(repeats+2, ours=lambda: normalize(affinity(*graph, GAMMA))[0], scipy=lambda: scipy_assembly(sims, idxs),
-            scipy_direct=lambda: scipy_direct(sims, idxs))
-        for peer in ('scipy', 'scipy_direct'):
-            diff = abs(sp_csr(res['ours']) - res[peer]).max()
-            assert diff < 1e-5, f'the assembly differs from {peer} by {diff}'
+    if 'assembly' in parts: row['assembly'] = measure_assembly(graph, repeats)
     if 'diffusion' in parts:
         S = normalize(affinity(*graph, GAMMA))[0]
-        row['nnz'] = len(S.values())
-        T = sp_csr(S)
-        row['diffusion'], res = race(repeats, ours=lambda: diffuse(S, Y, ALPHA, ITERS, TOL).Z, authors=lambda: authors_cg(T, Y.numpy()),
-            authors32=lambda: authors_cg(T, Y.numpy(), np.float32), torch_csr=lambda: block_cg(lambda p: S @ p, Y))
-        same = {o: (res['ours'].argmax(1) == torch.as_tensor(z).argmax(1)).float().mean().item() for o, z in res.items()}
-        row['diffusion']['same_argmax'] = same
-        assert same['authors'] >= .999, f'argmax is the same on {same} only'
-    if 'agreement' in parts:
-        ours = propagate(x, y, c, k=k, gamma=GAMMA, alpha=ALPHA, max_iter=ITERS, tol=TOL, **kw)
-        T = sp_csr(normalize(ours.W.double())[0])  # its own graph: rounding in the ℓ2 norm can change who is the k-th neighbour
-        Z = block_cg(lambda p: torch.from_numpy(T @ p.numpy()), Y.double()).numpy()
-        labels, omega = weigh(Z)
-        free = ((y < 0) & ours.reached).numpy() & (Z > 0).any(1)
-        row['agreement'] = dict(argmax=float((ours.labels.numpy() == labels)[free].mean()), omega=float(abs(ours.certainty.numpy() - omega)[free].max()),
-            reached=float(free.sum()/(y < 0).sum()), reached_differs=int((ours.reached.numpy() != (Z > 0).any(1))[y < 0].sum()),
-            omega_raw_max=float(weigh(Z, False)[1].max()))
-    if 'step' in parts:
-        peers = dict(authors=lambda: authors_step(v, Y.numpy(), k)[0])
-        if n <= 100_000: peers['LabelSpreading'] = lambda: label_spreading(v, y.numpy(), k)
-        row['step'], res = race(repeats, ('LabelSpreading',) if n >= 50_000 else (), ours=lambda: propagate(x, y, c, k=k, **kw), **peers)
-        row['step']['stages'], res['ours'] = res['ours'].seconds, res['ours'].labels
-        row['step']['accuracy'] = {o: accuracy(p, truth, y) for o, p in res.items()}
+        row['nnz'], row['diffusion'] = len(S.values()), measure_diffusion(S, Y, repeats)
+    if 'agreement' in parts: row['agreement'] = measure_agreement(x, y, Y, k, kw)
+    if 'step' in parts: row['step'] = measure_step(x, truth, y, Y, k, repeats, kw)
     return row
 
 
 def memory(n, d, k, c, noise, kw, intrinsic=None):
-    "Memory of this process, in GB: before `propagate`, with the features, and the peak within it. Linux counts it from a mark on"
-    def resident(what): return int(re.search(rf'{what}:\s*(\d+)', Path('/proc/self/status').read_text()).group(1))*1024/1e9
+    "Memory of this process in GB: before `propagate`, with the features, and the peak within it"
+    def resident(what):
+        status = Path('/proc/self/status').read_text()
+        return int(re.search(rf'{what}:\s*(\d+)', status).group(1))*1024/1e9
     x, truth, y = items(n, d, c, noise, intrinsic=intrinsic)
     gc.collect()
-    Path('/proc/self/clear_refs').write_text('5')
+    Path('/proc/self/clear_refs').write_text('5')  # from here on, Linux counts the peak
     before, start = resident('VmRSS'), time.perf_counter()
     res = propagate(x, y, c, k=k, **kw)
-    return dict(before=before, peak=resident('VmHWM'), formula=peak_memory(n, d, c, k, **{o: kw[o] for o in ('keep_Z', 'index') if o in kw})/1e9, features=4*n*d/1e9, seconds=time.perf_counter()-start, stages=res.seconds,
-        accuracy=res.accuracy(truth), graph=res.graph, edges=None if res.W is None else len(res.W.values()), intrinsic=intrinsic, settings=kw)
+    seconds, peak = time.perf_counter()-start, resident('VmHWM')
+    formula = peak_memory(n, d, c, k, **{o: kw[o] for o in ('keep_Z', 'index') if o in kw})/1e9
+    return dict(before=before, peak=peak, formula=formula, features=4*n*d/1e9, seconds=seconds, stages=res.seconds,
+        accuracy=res.accuracy(truth), graph=res.graph, edges=None if res.W is None else len(res.W.values()),
+        intrinsic=intrinsic, settings=kw)
+
+
+BOUND = 'neighbors {knn:.3f} s ({sgemm_gflops:.0f} GFlop/s), diffusion {diffusion:.3f} s ({read_gb_per_s:.1f} GB/s)'
+AGREEMENT = ('argmax {argmax:.6f} (goal ≥ .9999), |Δω| {omega:.1e} (goal ≤ 1e-5), reached {reached:.4f}, '
+    'maximum ω before normalization {omega_raw_max:.4f}')
+MEMORY = ('peak {peak:.2f} GB, {before:.2f} before with features of {features:.2f}; formula {formula:.2f}; '
+    '{seconds:.1f} s, accuracy {accuracy:.4f}, {graph}, {settings}, in {intrinsic} dimensions')
+
+
+def goal(part, peer, ratio, n, c):
+    want = next((w for (p, q, at), w in WANTED.items() if (p, q) == (part, peer) and at in (None, (n, c))), None)
+    if want is None: return ''
+    return f"  goal {'≤' if part == 'knn' else '≥'} {want}: {'met' if (ratio <= want) == (part == 'knn') else 'NOT MET'}"
 
 
 def show(row):
@@ -236,22 +296,21 @@ def show(row):
         print(f"{part:<10} {'ours':<15}{seconds[ours]:9.3f} s")
         for peer, t in list(seconds.items())[1:]:
             ratio = row[part]['ratio'][peer]
-            want = next((w for (p, q, at), w in WANTED.items() if (p, q) == (part, peer) and at in (None, (n, c))), None)
-            ok = '' if want is None else f"  wanted {'≤' if part == 'knn' else '≥'} {want}: {'met' if (ratio <= want) == (part == 'knn') else 'NOT MET'}"
-            print(f"{'':<10} {peer:<15}{t:9.3f} s {ratio:6.2f}×{ok}")
+            print(f"{'':<10} {peer:<15}{t:9.3f} s {ratio:6.2f}×{goal(part, peer, ratio, n, c)}")
     if 'step' in row:
         print('stages     ' + ', '.join(f'{o} {t:.3f} s' for o, t in row['step']['stages'].items()))
         print('accuracy   ' + ', '.join(f'{o} {100*a:.2f} %' for o, a in row['step']['accuracy'].items()))
-    if 'bound' in row: print("bound      neighbours {knn:.3f} s ({sgemm_gflops:.0f} GFlop/s), diffusion {diffusion:.3f} s ({read_gb_per_s:.1f} GB/s)".format(**row['bound']))
-    if 'agreement' in row: print("float64    argmax {argmax:.6f} (wanted ≥ .9999), |Δω| {omega:.1e} (wanted ≤ 1e-5), reached {reached:.4f}, largest ω before its normalisation {omega_raw_max:.4f}".format(**row['agreement']))
-    if 'memory' in row: print("memory     peak {peak:.2f} GB, {before:.2f} before with features of {features:.2f}; formula {formula:.2f}; {seconds:.1f} s, accuracy {accuracy:.4f}, {graph}, {settings}, in {intrinsic} dimensions".format(**row['memory']))
+    for part, line in (('bound', BOUND), ('agreement', AGREEMENT), ('memory', MEMORY)):
+        if part in row: print(f'{part:<10}', line.format(**row[part]))
 
 
 def machine():
-    cpu = [o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')] if os.path.exists('/proc/cpuinfo') else []
-    return dict(cpu=cpu[0] if cpu else platform.processor(), cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-        threads=torch.get_num_threads(), faiss_threads=faiss.omp_get_max_threads(), python=platform.python_version(),
-        **{o: version(o) for o in ('fastai_lp', 'torch', 'numpy', 'scipy', 'scikit-learn')}, faiss=faiss.__version__)
+    cpuinfo, cores = Path('/proc/cpuinfo'), getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0)
+    names = re.findall(r'^model name\s*: (.*)', cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
+    packages = 'fastai_lp', 'torch', 'numpy', 'scipy', 'scikit-learn'
+    return dict(cpu=names[0] if names else platform.processor(), cores=len(cores), threads=torch.get_num_threads(),
+        faiss_threads=faiss.omp_get_max_threads(), python=platform.python_version(),
+        **{o: version(o) for o in packages}, faiss=faiss.__version__)
 
 
 def add_bounds(out):
@@ -271,10 +330,12 @@ def main(args):
     print(info)
     for c in args.c:
         noise = args.noise or NOISE.get(c, 2.)
-        row, load = dict(n=args.n, d=args.d, k=args.k, c=c, noise=noise), os.getloadavg()[0]  # a busy machine spoils the times
-        if args.memory:  # first: a child starts with the peak of its parent
-            with ProcessPoolExecutor(1, get_context('spawn')) as pool: row['memory'] = pool.submit(memory, args.n, args.d, args.k, c, noise, kw, args.intrinsic).result()
-        if args.parts: row.update(measure(args.n, args.d, args.k, c, noise, args.parts, args.repeats, kw))
+        size, load = (args.n, args.d, args.k, c, noise), os.getloadavg()[0]  # on a busy machine the times mean little
+        row = dict(zip(('n', 'd', 'k', 'c', 'noise'), size))
+        if args.memory:  # first, since a child starts with the peak of its parent
+            with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+                row['memory'] = pool.submit(memory, *size, kw, args.intrinsic).result()
+        if args.parts: row.update(measure(*size, args.parts, args.repeats, kw))
         show(row)
         if not args.save: continue
         rows = json.loads(args.out.read_text())['rows'] if args.out.exists() else []
@@ -296,8 +357,8 @@ if __name__ == '__main__':
     parser.add_argument('--parts', nargs='*', choices=parts, default=parts)
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--bounds', action='store_true')
-    parser.add_argument('--memory', action='store_true', help='peak memory of propagate, in a process of its own')
-    parser.add_argument('--intrinsic', type=int, help='for --memory: dimensions of the space in which all items lie; default d')
+    parser.add_argument('--memory', action='store_true', help='measure the peak memory of propagate in a process of its own')
+    parser.add_argument('--intrinsic', type=int, help='for --memory: dimensions of the subspace of the items; default: d')
     parser.add_argument('--index', help='for propagate: a FAISS factory string')
     parser.add_argument('--drop-Z', action='store_true', help='propagate(keep_Z=False)')
     parser.add_argument('--save', action='store_true')

@@ -16,9 +16,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai_lp.experiments.batches import LossOnDevice, image_dls
+from fastai_lp.experiments.batches import image_dls
+from fastai_lp.experiments.callbacks import LossOnDevice
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.experiments.datasets import ImageArrays, show_labels
+from fastai_lp.experiments.datasets import ImageArrays
+from fastai_lp.experiments.splits import show_labels
 from fastai_lp.transductive.diffusion import _cg, diffuse, spmm
 from fastai_lp.transductive.graph import affinity, normalize
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback

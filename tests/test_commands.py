@@ -1,0 +1,253 @@
+"`lp_train`: results file, table and figure, splits, and messages for wrong calls."
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastai_lp.experiments.commands import lp_train, run_experiment
+from fastai_lp.experiments.recipes import RECIPES
+from fastai_lp.experiments.results import plot_runs, read_lines, row_name, summarize, to_markdown
+from fastai_lp.utils.files import read_json_lines
+
+SMALL = replace(RECIPES['digits'], stage1=1, stage2=2, width=8)
+
+
+def program(name): return Path(sys.executable).with_name(name)
+
+
+def test_programs_exist():
+    ours = [o for o in entry_points(group='console_scripts') if o.value.startswith('fastai_lp.')]
+    assert {o.name for o in ours} == {'lp_train', 'lp_tables', 'lp_figures'}
+    for o in ours: assert callable(o.load())
+
+
+# One line per run
+
+@pytest.fixture(scope='module')
+def digits_runs(tmp_path_factory):
+    "Runs of three methods on two draws, and their folder"
+    out = tmp_path_factory.mktemp('digits')/'new'
+    return run_experiment('digits', 20, ['lp', 'supervised', 'diffusion'], [0, 1], SMALL, out=out, device='cpu'), out
+
+
+def test_a_run_is_a_line(digits_runs):
+    runs, out = digits_runs
+    assert sorted(read_lines(out/'digits.jsonl'), key=str) == sorted(json.loads(json.dumps(runs)), key=str)
+    assert [(r['method'], r['seed']) for r in runs] == [(m, s) for m in ('lp', 'supervised', 'diffusion') for s in (0, 1)]
+
+
+def test_what_a_line_contains(digits_runs):
+    (lp, *_), out = digits_runs
+    assert (lp['dataset'], lp['labels'], lp['items']) == ('digits', 20, 1347)
+    assert [row['epoch'] for row in lp['history']] == [0, 1]
+    assert [len(o) for o in lp['stages']] == [1, 2]
+    assert lp['error_rate'] == lp['stages'][1][-1]['error_rate']
+    for row in sum(lp['stages'], []):
+        assert row['top5_error'] <= row['error_rate']
+        assert row['sec'] > 0
+    assert lp['seconds'] == {f'stage{i+1}': sum(row['sec'] for row in o) for i, o in enumerate(lp['stages'])}
+    assert lp['recipe']['lr'] == RECIPES['digits'].lr['lp']
+    assert lp['recipe']['stage2'] == 2
+    assert lp['environment']['torch'] == torch.__version__.partition('+')[0]
+    assert lp['kept'] == [f"{lp['name']}-lp-{i}.npz" for i in (0, 1)]
+    for o in lp['kept']: assert (out/o).exists()
+
+
+def test_a_finished_run_is_neither_repeated_nor_written_again(digits_runs, tmp_path):
+    runs, out = digits_runs
+    before = (out/'digits.jsonl').read_text()
+    again = run_experiment('digits', 20, ['lp', 'lp'], [0, 0], SMALL, out=out, device='cpu')
+    assert [o['stages'] for o in again] == [runs[0]['stages']]
+    assert (out/'digits.jsonl').read_text() == before
+
+
+def test_a_seed_decides_the_result(digits_runs, tmp_path):
+    again = run_experiment('digits', 20, ['lp'], [1], SMALL, out=tmp_path, device='cpu')[0]
+    first = digits_runs[0][1]
+    errors = [[row['error_rate'] for o in r['stages'] for row in o] for r in (first, again)]
+    assert errors[0] == errors[1]
+    assert first['history'][-1]['accuracy'] == again['history'][-1]['accuracy']
+
+
+def test_other_settings_have_other_lines_and_files(tmp_path):
+    def call(methods, **changes):
+        return run_experiment('digits', 20, methods, [0], replace(SMALL, **changes), out=tmp_path, device='cpu')[0]
+    first, _, other = call(['lp']), call(['lp'], omega=False), call(['lp'], stage2=3)
+    runs = read_lines(tmp_path/'digits.jsonl')
+    assert [(r['recipe']['omega'], len(r['stages'][1])) for r in runs] == [(True, 2), (False, 2), (True, 3)]
+    assert other['name'] != first['name']
+    assert not {*first['kept']} & {*other['kept']}
+    for r in runs:
+        for o in r['kept']: assert (tmp_path/o).exists()
+    for omega in (True, False): call(['supervised'], omega=omega)  # it has no weights to switch off
+    assert [row_name(r) for r in read_lines(tmp_path/'digits.jsonl')[3:]] == ['supervised']
+
+
+@pytest.mark.slow
+def test_a_killed_call_ends_with_the_same_bits(tmp_path):
+    "kill -9 in the second stage, and the same call again"
+    def call(out):
+        options = '--methods', 'mt+lp', '--seeds', '1', '--epochs', '1,3', '--device', 'cpu'
+        return [program('lp_train'), 'digits', *options, '--out', out]
+    subprocess.run(call(tmp_path/'a'), check=True, capture_output=True)
+    stage2 = next((tmp_path/'a').glob('*-stage2.pth')).name
+    with subprocess.Popen(call(tmp_path/'b'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path/'b'/stage2).exists() and process.poll() is None: time.sleep(.05)
+        process.kill()
+    assert process.returncode == -9
+    assert not (tmp_path/'b'/'digits.jsonl').exists()
+    assert torch.load(tmp_path/'b'/stage2)['epoch'] < 3
+    subprocess.run(call(tmp_path/'b'), check=True, capture_output=True)
+    a, b = (torch.load(tmp_path/o/stage2)['model'] for o in 'ab')
+    for k in a: assert torch.equal(a[k], b[k]), k
+    def figures(out):
+        run = read_lines(tmp_path/out/'digits.jsonl')[0]
+        stages = [[{k: v for k, v in row.items() if not k.endswith('sec')} for row in o] for o in run['stages']]
+        return stages, [(h['accuracy'], h['network_accuracy'], h['residual']) for h in run['history']], run['kept']
+    assert figures('a') == figures('b')
+
+
+def test_two_programs_share_one_file(tmp_path):
+    "No line is lost or cut"
+    code = ("import sys; from fastai_lp.utils.files import append_json_line\n"
+        "for i in range(30): append_json_line(sys.argv[1], dict(name=sys.argv[2]+str(i), history=list(range(9000))))")
+    file = tmp_path/'digits.jsonl'
+    both = [subprocess.Popen([sys.executable, '-c', code, file, name]) for name in 'ab']
+    assert [p.wait() for p in both] == [0, 0]
+    assert sorted(r['name'] for _, r in read_json_lines(file)) == sorted(f'{o}{i}' for o in 'ab' for i in range(30))
+
+
+# Table and figure
+
+def made_up(method, error, accuracy=None, sec=2., teacher=None, **recipe):
+    history = [] if accuracy is None else [dict(epoch=0, accuracy=.1), dict(epoch=1, accuracy=accuracy)]
+    teacher = {} if teacher is None else dict(teacher_error_rate=teacher)
+    return dict(method=method, error_rate=error, history=history, seconds=dict(stage1=sec/2, stage2=sec/2),
+        recipe=dict(omega=True, zeta=True) | recipe, **teacher)
+
+
+def test_summary_is_mean_and_standard_error():
+    runs = [made_up('lp', e, 1-e) for e in (.1, .2, .3)]
+    lp, sup, mt = summarize([*runs, made_up('supervised', .5, sec=1.), made_up('mt', .9, teacher=.25)])
+    assert lp['error'] == pytest.approx([.2, .1/3**.5])
+    assert (lp['runs'], lp['seconds']) == (3, 2)
+    assert sup['error'] == [.5, None]
+    assert sup['pseudo_accuracy'] is None
+    assert mt['error'] == [.25, None]
+    assert '| lp         | 20.0 ± 5.8   |' in to_markdown([lp, sup])
+    assert '| supervised | 50.0         | –' in to_markdown([lp, sup])
+
+
+def test_rows_have_the_weights_and_tricks_in_their_name():
+    changes = dict(omega=False), dict(omega=False, zeta=False), dict(tricks=dict(k=3))
+    assert [o['row'] for o in summarize([made_up('lp', .4, **o) for o in changes])] == ['lp, ω = 1', 'lp, ω = ζ = 1', 'lp, k=3']
+
+
+def test_figure():
+    runs = [*(made_up('lp', e, 1-e) for e in (.1, .2)), made_up('supervised', .5), made_up('lp', .3, .8, zeta=False)]
+    left, right = plot_runs(runs, 'some').axes
+    assert [o.get_text() for o in left.get_xticklabels()] == ['lp', 'supervised', 'lp, ζ = 1']
+    assert [o.get_label() for o in right.lines] == ['lp', 'lp, ζ = 1']
+    assert right.lines[0].get_ydata() == pytest.approx([10, 85])
+    plt.close('all')
+
+
+# Images and splits
+
+@pytest.fixture(scope='module')
+def cifar_like(tmp_path_factory):
+    "An .npz that `cifar10` reads with ten classes, a file of splits, and label lists"
+    folder = tmp_path_factory.mktemp('cifar')
+    def encoded(n, seed):
+        rng, files = np.random.default_rng(seed), []
+        for i in range(n):
+            pixels = (rng.integers(0, 60, (32, 32, 3)) + 19*(i % 10)).astype('uint8')
+            Image.fromarray(pixels).save(out := io.BytesIO(), 'jpeg')
+            files.append(out.getvalue())
+        offsets = np.cumsum([0, *map(len, files)])
+        return dict(jpeg=np.frombuffer(b''.join(files), np.uint8), offsets=offsets, labels=np.arange(n) % 10)
+    parts = {f'{part}_{k}': v for part, n, seed in (('train', 80, 0), ('test', 20, 1)) for k, v in encoded(n, seed).items()}
+    np.savez(folder/'cifar.npz', classes=np.array([f'class{i}' for i in range(10)]), **parts)
+    np.savez(folder/'splits.npz', labels_20=np.stack([np.arange(20)+10*i for i in range(3)]))
+    for split, first in ((10, 0), (11, 10)):
+        (folder/f'{split}.txt').write_text(''.join(f'{i} class{i % 10}\n' for i in range(first, first+20)))
+    (folder/'12.txt').write_text('0 class0\n')
+    return folder
+
+
+def call(out, data, **kwargs):
+    "`lp_train cifar10`, and the names of the runs without the hash of the settings"
+    lp_train('cifar10', labels=20, data=str(data), out=str(out), device='cpu', **kwargs)
+    return [re.sub('-[0-9a-f]{6}-', '-', o['name']) for o in read_lines(out/'cifar10.jsonl')]
+
+
+def test_rows_of_a_file_of_splits(cifar_like, tmp_path, capsys):
+    kwargs = dict(split='1', splits=str(cifar_like/'splits.npz'), epochs='1')
+    call(tmp_path, cifar_like/'cifar.npz', methods='supervised,lp', network='small', **kwargs)
+    printed = capsys.readouterr().out
+    assert 'cifar10, 20 labels, 1 splits of' in printed
+    assert '\n| lp         |' in printed
+    names = call(tmp_path, cifar_like/'cifar.npz', methods='lp', network='small', no_omega=True, **kwargs)
+    assert names == ['cifar10-20-split1']*3
+    runs = read_lines(tmp_path/'cifar10.jsonl')
+    assert [(r['method'], r['recipe']['omega']) for r in runs] == [('supervised', True), ('lp', True), ('lp', False)]
+    assert (runs[1]['labels'], runs[1]['items']) == (20, 80)
+    assert (tmp_path/'cifar10.png').exists()
+
+
+def test_splits_are_seeds_without_a_file(cifar_like, tmp_path, capsys):
+    names = call(tmp_path, cifar_like/'cifar.npz', methods='diffusion', split='0-1')
+    assert names == ['cifar10-20-seed0', 'cifar10-20-seed1']
+    assert 'drawn with seeds 0-1' in capsys.readouterr().out
+
+
+def test_file_of_splits_next_to_the_images(cifar_like, tmp_path):
+    (tmp_path/'cifar.npz').symlink_to(cifar_like/'cifar.npz')
+    (tmp_path/'cifar10_splits.npz').symlink_to(cifar_like/'splits.npz')
+    assert call(tmp_path, tmp_path/'cifar.npz', methods='diffusion', split='2') == ['cifar10-20-split2']
+
+
+def test_label_lists(cifar_like, tmp_path):
+    lists = f'{cifar_like}/{{split}}.txt'
+    names = call(tmp_path, cifar_like/'cifar.npz', methods='diffusion', split='10-11', splits=lists)
+    assert names == ['cifar10-20-split10', 'cifar10-20-split11']
+
+
+@pytest.mark.parametrize('splits, split, match', [('10.txt', '10', 'such as lists/{split}.txt'),
+    ('{split}.txt', '12', 'class1'), ('{split}.txt', '13', 'no label list'),
+    ('splits.npz', None, '--splits needs --split'), ('splits.npz', 'ten', 'must be numbers')])
+def test_splits_that_do_not_fit(cifar_like, tmp_path, splits, split, match):
+    with pytest.raises(SystemExit, match=match):
+        call(tmp_path, cifar_like/'cifar.npz', methods='diffusion', splits=f'{cifar_like}/{splits}', split=split)
+
+
+# Wrong calls
+
+@pytest.mark.parametrize('kwargs, match', [(dict(methods='lp,svm'), r'unknown method\(s\) svm'),
+    (dict(labels=25), 'multiple of 10'), (dict(labels=0), 'multiple of 10'), (dict(n_train=100), 'part of scikit-learn'),
+    (dict(network='vgg'), "got 'vgg'"), (dict(network='convnet13'), "use 'small'"), (dict(epochs='5,0'), 'epochs must be'),
+    (dict(split='9-3'), 'must be numbers'), (dict(seeds=0), 'at least one'), (dict(dataset='cifar'), "unknown dataset 'cifar'"),
+    (dict(dataset='mini_imagenet'), 'pass data'), (dict(dataset='cifar10', data='nowhere'), 'nowhere')], ids=str)
+def test_wrong_calls(kwargs, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=match): lp_train(**{'dataset': 'digits', **kwargs})
+    assert not list(tmp_path.glob('results/*.jsonl'))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_a_wrong_call_has_no_traceback():
+    res = subprocess.run([program('lp_train'), 'digits', '--device', 'cuda'], capture_output=True, text=True)
+    assert res.returncode != 0
+    assert 'finds no CUDA GPU' in res.stderr
+    assert 'Traceback' not in res.stderr
