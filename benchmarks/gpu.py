@@ -34,7 +34,7 @@ from fastai_lp.experiments.batches import LossOnDevice, image_dls
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.utils.files import append_json_line
 from fastai_lp.experiments.models import ConvNet13
-from fastai_lp.transductive.pseudo import propagate
+from fastai_lp.transductive.propagate import propagate
 from fastai_lp.experiments.recipes import RECIPES
 from fastai_lp.experiments.train import _BFloat16, _optimizer, environment
 from strong_step import Clock, made_up  # beside this script
@@ -141,7 +141,7 @@ def step(args):
 
 def update(args):
     from step import NOISE, authors_step, items  # FAISS and SciPy, which the rest does without
-    from fastai_lp.transductive.pseudo import seed_matrix
+    from fastai_lp.transductive.propagate import seed_matrix
     device, rows = args.device, []
     flops, copied = best_rate(device, torch.float32, args.matrix), best_copy(device, args.numbers)
     for n in args.n:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastai_lp.transductive.graph import affinity, knn
-from fastai_lp.transductive.pseudo import spread
+from fastai_lp.transductive.graph import affinity
+from fastai_lp.transductive.neighbors import knn
+from fastai_lp.transductive.propagate import spread
 from fastai_lp.transductive.neighbors import knn_recall
 from step import NOISE, items, machine
 

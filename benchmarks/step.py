@@ -40,9 +40,10 @@ from scipy.stats import entropy
 from sklearn.semi_supervised import LabelSpreading
 
 from fastai_lp.transductive.diffusion import diffuse
-from fastai_lp.transductive.graph import affinity, knn, normalize
+from fastai_lp.transductive.graph import affinity, normalize
+from fastai_lp.transductive.neighbors import knn
 from fastai_lp.transductive.advice import peak_memory
-from fastai_lp.transductive.pseudo import propagate, seed_matrix
+from fastai_lp.transductive.propagate import propagate, seed_matrix
 
 GAMMA, ALPHA, ITERS, TOL = 3, .99, 20, 1e-6
 NOISE = {10: 2.6, 100: 2., 1000: 1.5}

@@ -1,13 +1,13 @@
 "`from fastai_lp.all import *`, after `from fastai.vision.all import *`: all that a notebook needs. Written by hand."
 from fastai_lp.transductive.neighbors import *
-from fastai_lp.transductive.warm import *
 from fastai_lp.transductive.graph import *
 from fastai_lp.transductive.diffusion import *
 from fastai_lp.transductive.balance import *
 from fastai_lp.transductive.pseudo import *
+from fastai_lp.transductive.scoring import *
+from fastai_lp.transductive.propagate import *
 from fastai_lp.transductive.advice import *
 from fastai_lp.transductive.labelers import *
-from fastai_lp.transductive.poisson import *
 from fastai_lp.transductive.curation import *
 from fastai_lp.learner.losses import *
 from fastai_lp.learner.data import *

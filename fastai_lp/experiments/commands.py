@@ -21,7 +21,7 @@ from fastcore.script import call_parse, store_true
 
 from ..utils.files import append_json_line, read_json_lines, read_npz, atomic_write
 from .datasets import ImageArrays, cifar10, cifar100, digits, mini_imagenet, show_labels
-from ..transductive.graph import default_k
+from ..transductive.neighbors import default_k
 from .recipes import METHODS, RECIPES, Recipe, file_name
 from .train import run_method
 

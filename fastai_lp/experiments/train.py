@@ -60,7 +60,7 @@ class _Keep(Callback):
     def __init__(self, epochs, path): self.epochs, self.path = epochs, path
     def file(self, epoch): return self.path.with_name(f'{self.path.name}-{epoch}.npz')
     def after_train(self):
-        if self.epoch in self.epochs: LPInterpretation(replace(self.lp_record.pseudo, W=None, Z=None, soft=None), self.lp_record.history, self.lp_record.truth).save(self.file(self.epoch))
+        if self.epoch in self.epochs: LPInterpretation(replace(self.lp_record.pseudo, W=None, Z=None), self.lp_record.history, self.lp_record.truth).save(self.file(self.epoch))
     def files(self): return [self.file(o).name for o in self.epochs if self.file(o).exists()]
 
 

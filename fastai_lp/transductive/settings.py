@@ -6,7 +6,7 @@
 __all__ = ['defaults', 'boolean', 'constraints', 'Constraint', 'number', 'integer', 'one_of', 'optional', 'check', 'check_keep_Z',
            'check_labels', 'rows_not_finite', 'as_rows']
 
-# %% ../../nbs/transductive/01_settings.ipynb #214ff81c
+# %% ../../nbs/transductive/01_settings.ipynb #e3158ed1
 import math
 import warnings
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# %% ../../nbs/transductive/01_settings.ipynb #02c104d0
+# %% ../../nbs/transductive/01_settings.ipynb #295971b6
 defaults = SimpleNamespace(
     k=None, # neighbors per item; None: `neighbors.default_k(n)`, 50 for the paper's n = 50,000
     gamma=3., # γ of Eq. 9, exponent of the similarities
     alpha=.99, # α of Eq. 6, how far labels spread
     max_iter=20, # conjugate gradient iterations; early stopping is part of the method
     tol=1e-6, # relative residual at which a class stops iterating
-    seeds='class_size', # scale of the columns of Y (Eq. 5): each sums to 1 ('class_size', the authors' program), or no scaling ('raw', the paper's text)
+    seeds='class_size', # columns of Y sum to 1 ('class_size', the authors' program), or each label is 1 ('raw', Eq. 5)
     omega=True, # weight items by their certainty ω (Eq. 11)
     omega_norm='all', # ω is divided by its maximum over 'all' items, over the 'unlabeled' ones, or not (None)
     zeta=True, # weight classes by ζ, inversely to their size
@@ -36,7 +36,7 @@ defaults = SimpleNamespace(
     balance=None, # 'sinkhorn': scale the scores so that class shares match `prior`
     prior='labels') # class shares for `balance`: of the given 'labels', 'uniform', or one number per class
 
-# %% ../../nbs/transductive/01_settings.ipynb #6dd7cd4b
+# %% ../../nbs/transductive/01_settings.ipynb #f45ff45f
 class Constraint(NamedTuple):
     "The values that a parameter may have"
     text:str # completes "must be …" in the error message
@@ -48,22 +48,23 @@ def number(
     allows:Callable, # float -> bool
 )->Constraint:
     "A real number with a further condition"
-    return Constraint(f'a number {text}', lambda o: isinstance(o, Real) and not isinstance(o, bool) and allows(o))
+    return Constraint(f'a number {text}', lambda o: isinstance(o, Real) and type(o) is not bool and allows(o))
 
 
 def integer(
     low:int, # smallest value
 )->Constraint:
     "An integer of at least `low`"
-    return Constraint(f'an integer of at least {low}', lambda o: isinstance(o, Integral) and not isinstance(o, bool) and o >= low)
+    return Constraint(f'an integer of at least {low}', lambda o: isinstance(o, Integral) and type(o) is not bool and o >= low)
 
-# %% ../../nbs/transductive/01_settings.ipynb #e84dad05
+# %% ../../nbs/transductive/01_settings.ipynb #09682a88
 def one_of(
     *options, # strings, booleans or None
 )->Constraint:
     "One of several options"
-    names = [repr(o) for o in options]
-    return Constraint(' or '.join(filter(None, [', '.join(names[:-1]), names[-1]])), lambda o: type(o) in map(type, options) and o in options)
+    *names, last = [repr(o) for o in options]
+    def allows(o): return any(isinstance(o, type(p)) and o == p for p in options)
+    return Constraint(f"{', '.join(names)} or {last}", allows)
 
 
 def optional(
@@ -72,7 +73,7 @@ def optional(
     "None, or what `constraint` allows"
     return Constraint(f'{constraint.text} or None', lambda o: o is None or constraint.allows(o))
 
-# %% ../../nbs/transductive/01_settings.ipynb #79b6a509
+# %% ../../nbs/transductive/01_settings.ipynb #0408b674
 def _is_prior(o):
     if isinstance(o, str): return o in ('labels', 'uniform')
     return hasattr(o, '__iter__') and all(0 < p < math.inf for p in o)
@@ -97,17 +98,18 @@ constraints = dict(  # chkstyle: ignore-node (one parameter per line)
     balance=one_of('sinkhorn', None),
     prior=Constraint("'labels', 'uniform' or one number above 0 per class", _is_prior))
 
-# %% ../../nbs/transductive/01_settings.ipynb #302a3aa7
+# %% ../../nbs/transductive/01_settings.ipynb #5ad310c0
 def check(
     constraints:dict, # {name: `Constraint`}
     **values # parameters by name
 ):
     "Raise a `ValueError` for the first value that violates its constraint"
     for name, value in values.items():
-        if name not in constraints: raise TypeError(f"unexpected parameter {name!r}, expected {', '.join(constraints)}.")
-        if not constraints[name].allows(value): raise ValueError(f"{name} must be {constraints[name].text}, got {value!r}.")
+        if name not in constraints: raise TypeError(f"unexpected parameter {name!r}: expected {', '.join(constraints)}.")
+        if constraints[name].allows(value): continue
+        raise ValueError(f"{name} must be {constraints[name].text}, got {value!r}.")
 
-# %% ../../nbs/transductive/01_settings.ipynb #8928cf34
+# %% ../../nbs/transductive/01_settings.ipynb #e776bf2b
 def check_keep_Z(
     keep_Z:bool=defaults.keep_Z, # keep the scores of all classes
     temperature:float=defaults.temperature, # sharpens the scores
@@ -115,9 +117,9 @@ def check_keep_Z(
 ):
     "Raise a `ValueError` if scores are needed that `keep_Z=False` does not keep"
     if not keep_Z and (balance or temperature != defaults.temperature):
-        raise ValueError(f"keep_Z must be True to use temperature or balance, got keep_Z={keep_Z}, temperature={temperature}, balance={balance!r}.")
+        raise ValueError(f"keep_Z must be True with temperature={temperature} and balance={balance!r}, got {keep_Z}.")
 
-# %% ../../nbs/transductive/01_settings.ipynb #7674f106
+# %% ../../nbs/transductive/01_settings.ipynb #84a86ec2
 def check_labels(
     y, # int [n] tensor or array, negative if unlabeled
     n_classes:int=None, # c; None: largest label plus one
@@ -127,43 +129,44 @@ def check_labels(
     "Validate labels and return them as int64, with the number of classes"
     y = torch.as_tensor(y).as_subclass(torch.Tensor)
     if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"labels must be one integer per item, negative if unlabeled, got shape {tuple(y.shape)} and {y.dtype}.")
+        raise ValueError(f"labels must be one integer per item, got shape {tuple(y.shape)} and {y.dtype}.")
     y = y.long()
-    if n_items is not None and len(y) != n_items: raise ValueError(f"expected one label per item, got {len(y)} labels for {n_items} items.")
+    if n_items not in (None, len(y)): raise ValueError(f"expected one label per item, got {len(y)} labels for {n_items} items.")
     if not (y >= 0).any(): raise ValueError("no item is labeled: label at least one item per class.")
     if n_classes is None: n_classes = int(y.max())+1
     if y.max() >= n_classes:
-        raise ValueError(f"label {int(y.max())} is out of range: labels must be 0 to {n_classes-1} ({n_classes} classes), or negative if unlabeled.")
+        raise ValueError(f"label {int(y.max())} is out of range: labels must be 0 to {n_classes-1}, or negative if unlabeled.")
     missing = (torch.bincount(y[y >= 0], minlength=n_classes) == 0).nonzero().flatten().tolist()
     if missing:
-        what = ', '.join(str(i) if names is None else repr(names[i]) for i in missing[:10]) + (', …' if len(missing) > 10 else '')
-        raise ValueError(f"class {what} has no labeled item: label at least one, or drop the class.")
+        what = ', '.join(str(i) if names is None else repr(names[i]) for i in missing[:10])
+        raise ValueError(f"class {what}{', …'*(len(missing) > 10)} has no labeled item: label at least one, or drop the class.")
     return y, n_classes
 
-# %% ../../nbs/transductive/01_settings.ipynb #f25542a1
+# %% ../../nbs/transductive/01_settings.ipynb #615513b3
 def rows_not_finite(
     x:torch.Tensor, # [n, d]
 )->str: # such as '3, 77': the first ten, with the total if there are more; '' if all rows are finite
     "Indices of the rows with a NaN or infinite entry, for an error message"
-    bad = (~torch.cat([torch.isfinite(o).all(1) for o in x.split(2**16)])).nonzero().flatten().tolist()  # in blocks: x may be a file
+    finite = torch.cat([torch.isfinite(o).all(1) for o in x.split(2**16)])  # in blocks: x may be a memory-mapped file
+    bad = (~finite).nonzero().flatten().tolist()
     return str(bad[:10])[1:-1] + (f", … ({len(bad)} in total)" if len(bad) > 10 else '')
 
-# %% ../../nbs/transductive/01_settings.ipynb #1c616e99
+# %% ../../nbs/transductive/01_settings.ipynb #fb853340
 def as_rows(
     x, # [n, d] tensor or array of real numbers
 )->torch.Tensor: # float32 [n, d], on the device of `x`
     "Validate features and return them as a float32 tensor"
     if not isinstance(x, torch.Tensor):
         x = np.asarray(x)
-        if x.dtype.kind not in 'fiu': raise ValueError(f"features must be real numbers, one row per item, got {x.dtype}.")
+        if x.dtype.kind not in 'fiu': raise ValueError(f"features must be real numbers, got {x.dtype}.")
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')  # it is only read
             warnings.filterwarnings('ignore', message='overflow encountered in cast')  # reported below, with the items
             x = torch.from_numpy(np.require(x, dtype=np.float32, requirements=['C']))
-    if x.is_complex() or x.dtype == torch.bool: raise ValueError(f"features must be real numbers, one row per item, got {x.dtype}.")
+    if x.is_complex() or x.dtype == torch.bool: raise ValueError(f"features must be real numbers, got {x.dtype}.")
     x = x.detach().as_subclass(torch.Tensor).float().contiguous()
     if x.ndim != 2 or not x.shape[1]:
-        raise ValueError(f"features must be one row per item, [n, d] with d of at least 1, got shape {tuple(x.shape)}: flatten the other dimensions.")
+        raise ValueError(f"features must have one row per item, [n, d] with d > 0, got shape {tuple(x.shape)}: flatten the others.")
     if bad := rows_not_finite(x):
         raise ValueError(f"features of item(s) {bad} are NaN, infinite or too large for float32: "
             "check these items, or lower the learning rate if the training has diverged.")
