@@ -1,5 +1,5 @@
-"The labelers against slow, obvious references, on hard cases, and with the weights of the paper's ablation switched off."
-import warnings
+"Labelers against slow, obvious references, on difficult input, and with ω and ζ switched off."
+import copy
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from fastai_lp.transductive.graph import affinity, csr
 from fastai_lp.transductive.labelers import GTG, Diffusion, NetworkPrediction, replicator
-from fastai_lp.transductive.pseudo import certainty, class_weights, propagate
+from fastai_lp.transductive.propagate import propagate
+from fastai_lp.transductive.scoring import certainty, class_weights
 
 LABELERS = [Diffusion, NetworkPrediction, GTG]
 
@@ -25,6 +26,9 @@ def start_of(y, c, logits=None):
     return torch.where((y >= 0)[:, None], F.one_hot(y.clamp(min=0), c).float(), P)
 
 
+def play(W, P, y, max_iter=100, tol=1e-3): return replicator(W, P, y >= 0, max_iter, tol)
+
+
 def slow_game(W, P, y, steps):
     "The definition: dense, float64, one player after the other"
     W, P, labeled = W.to_dense().double(), P.double(), y >= 0
@@ -32,61 +36,13 @@ def slow_game(W, P, y, steps):
     for _ in range(steps):
         new, known = P.clone(), reached.clone()
         for i in range(len(P)):
-            neighbours = W[i].nonzero().flatten().tolist()
-            reached[i] |= any(known[j] for j in neighbours)
+            neighbors = W[i].nonzero().flatten().tolist()
+            reached[i] |= any(known[j] for j in neighbors)
             if labeled[i] or not reached[i]: continue
-            gain = P[i]*sum(W[i, j]*P[j] for j in neighbours)
+            gain = P[i]*sum(W[i, j]*P[j] for j in neighbors)
             if gain.sum() > 0: new[i] = gain/gain.sum()
         P = new
     return P, reached
-
-
-@pytest.mark.parametrize('start', ['uniform', 'network'])
-@pytest.mark.parametrize('steps', [1, 4, 15])
-@pytest.mark.parametrize('seed', range(3))
-def test_gtg_equals_the_definition(seed, steps, start):
-    x, logits, y = problem(seed)
-    p = GTG(k=8, start=start, max_iter=steps, tol=0)(x, logits, y)
-    P, reached = slow_game(p.W, start_of(y, 4, logits if start == 'network' else None), y, steps)
-    assert p.n_iter == steps and torch.equal(p.reached, reached)
-    torch.testing.assert_close(p.Z.double(), P*reached[:, None], atol=1e-4, rtol=0)
-    assert torch.equal(p.labels, torch.where(y >= 0, y, torch.where(reached, P.argmax(1), -1)))
-    assert torch.equal(p.W.to_dense(), propagate(x, y, k=8).W.to_dense())
-
-
-def test_gtg_weights_are_eq_11_and_zeta_of_its_distributions():
-    x, logits, y = problem(0)
-    p = GTG(k=8, max_iter=6, omega_norm='unlabeled', zeta_norm='classes')(x, logits, y)
-    omega = certainty(p.Z)
-    torch.testing.assert_close(p.certainty, torch.where(y >= 0, 1., omega/omega[y < 0].max()))
-    assert torch.equal(p.class_weights, class_weights(p.labels, 4, 'classes'))
-    assert set(p.seconds) == {'graph', 'diffusion'} and p.Z.dtype == torch.float32
-
-
-def test_gtg_stops_when_it_has_settled():
-    x, logits, y = problem(1)
-    p = GTG(k=8, tol=1e-3)(x, logits, y)
-    before = GTG(k=8, max_iter=p.n_iter-1, tol=0)(x, logits, y)
-    assert 1 < p.n_iter < 100 and p.residual <= 1e-3
-    assert abs(p.residual - (p.Z-before.Z).abs().sum(1).mean().item()/2) <= 1e-6
-    assert GTG(k=8, max_iter=3, tol=1e-3)(x, logits, y).n_iter == 3
-    assert torch.equal(GTG(k=8, tol=0, max_iter=1000)(x, logits, y).labels, GTG(k=8, tol=1e-6, max_iter=1000)(x, logits, y).labels)
-
-
-def test_total_payoff_never_falls():
-    x, logits, y = problem(2)
-    W = GTG(k=8)(x, logits, y).W
-    for P in (start_of(y, 4), start_of(y, 4, logits)):
-        P = [replicator(W, P, y >= 0, m, 0).P.double() for m in range(1, 30)]
-        payoff = torch.stack([(W.to_dense().double()*(p@p.T)).sum() for p in P])
-        assert (payoff.diff() >= -1e-5*payoff[:-1]).all() and payoff[-1] > payoff[0]
-
-
-def test_classes_may_be_renumbered():
-    x, logits, y = problem(3)
-    classes = torch.tensor([2, 0, 3, 1])
-    p, q = (GTG(k=8)(x, logits, o) for o in (y, torch.where(y >= 0, classes[y.clamp(min=0)], -1)))
-    torch.testing.assert_close(q.Z[:, classes], p.Z, atol=1e-4, rtol=0)
 
 
 def chain(n, w=.5):
@@ -96,106 +52,173 @@ def chain(n, w=.5):
     return affinity(sims, torch.stack([i-1, torch.where(i < n-1, i+1, -1)], 1))
 
 
-def test_a_label_moves_one_edge_per_step_and_the_game_waits_for_it():
+@pytest.mark.parametrize('start', ['uniform', 'network'])
+@pytest.mark.parametrize('steps', [1, 4, 15])
+@pytest.mark.parametrize('seed', range(3))
+def test_gtg_equals_its_definition(seed, steps, start):
+    x, logits, y = problem(seed)
+    p = GTG(k=8, start=start, max_iter=steps, tol=0)(x, logits, y)
+    P, reached = slow_game(p.W, start_of(y, 4, logits if start == 'network' else None), y, steps)
+    assert p.n_iter == steps
+    assert torch.equal(p.reached, reached)
+    torch.testing.assert_close(p.Z.double(), P*reached[:, None], atol=1e-4, rtol=0)
+    assert torch.equal(p.labels, torch.where(y >= 0, y, torch.where(reached, P.argmax(1), -1)))
+    assert torch.equal(p.W.to_dense(), propagate(x, y, k=8).W.to_dense())
+
+
+def test_gtg_weights():
+    x, logits, y = problem(0)
+    p = GTG(k=8, max_iter=6, omega_norm='unlabeled', zeta_norm='classes')(x, logits, y)
+    omega = certainty(p.Z)
+    torch.testing.assert_close(p.certainty, torch.where(y >= 0, 1., omega/omega[y < 0].max()))
+    assert torch.equal(p.class_weights, class_weights(p.labels, 4, 'classes'))
+    assert set(p.seconds) == {'graph', 'diffusion'}
+
+
+def test_gtg_ends_at_its_tolerance():
+    x, logits, y = problem(1)
+    p = GTG(k=8, tol=1e-3)(x, logits, y)
+    before = GTG(k=8, max_iter=p.n_iter-1, tol=0)(x, logits, y)
+    assert 1 < p.n_iter < 100
+    assert p.residual <= 1e-3
+    assert p.residual == pytest.approx((p.Z-before.Z).abs().sum(1).mean().item()/2, abs=1e-6)
+    assert GTG(k=8, max_iter=3, tol=1e-3)(x, logits, y).n_iter == 3
+
+
+def test_a_label_moves_one_edge_per_step():
+    "The game goes on while labels spread, even if a step moves less than the tolerance"
     y = torch.full((3000,), -1)
     y[0], y[1] = 1, 0
-    game = replicator(chain(3000), start_of(y, 2), y >= 0, max_iter=50)
-    assert game.n_iter == 50 and game.reached.sum() == 52    # a step moves far less than tol, yet the game goes on
+    game = play(chain(3000), start_of(y, 2), y, max_iter=50)
+    assert game.n_iter == 50
+    assert game.reached.sum() == 52
     assert (game.P[52:] == .5).all()
 
 
-def test_the_game_does_not_stop_before_it_takes_off():
-    "With many neighbours and few labels the first steps move next to nothing"
+def test_the_game_does_not_end_before_it_takes_off():
+    "With many neighbors and few labels, the first steps move almost nothing"
     g, t = torch.Generator().manual_seed(0), torch.arange(1000) % 2
-    x, y = torch.randn(2, 16, generator=g)[t] + 1.5*torch.randn(1000, 16, generator=g), torch.where(torch.arange(1000) < 2, t, -1)
+    x = torch.randn(2, 16, generator=g)[t] + 1.5*torch.randn(1000, 16, generator=g)
+    y = torch.where(torch.arange(1000) < 2, t, -1)
     p = GTG(k=150, tol=3e-3)(x, torch.zeros(1000, 2), y)
-    first = replicator(p.W, start_of(y, 2), y >= 0, max_iter=3)
-    assert first.change < 3e-3 and first.reached.all() and first.P.amax(1).mean() < .6
-    assert p.Z.amax(1).mean() > .95 and p.n_iter < 100
+    first = play(p.W, start_of(y, 2), y, max_iter=3)
+    assert first.change < 3e-3
+    assert first.P.amax(1).mean() < .6
+    assert p.Z.amax(1).mean() > .95
+    assert p.n_iter < 100
 
 
-def test_a_tie_is_reached_without_certainty():
+def test_ties_stay_undecided():
     y = torch.tensor([0, -1, 1])
-    game = replicator(chain(3), start_of(y, 2), y >= 0)
-    assert game.reached.all() and game.P[1].tolist() == [.5, .5] and game.change == 0
+    game = play(chain(3), start_of(y, 2), y)
+    assert game.reached.all()
+    assert game.P[1].tolist() == [.5, .5]
+    assert game.change == 0
 
 
-def test_tiny_payoffs_do_not_underflow():
+@pytest.mark.parametrize('scale', [1, 1e-30])
+def test_tiny_payoffs_do_not_underflow(scale):
     W, y = chain(3), torch.tensor([1, -1, 1])
     P = torch.tensor([[0, 1], [1, 1e-20], [0, 1]])
-    for scale in (1, 1e-30):
-        game = replicator(csr(W.crow_indices(), W.col_indices(), W.values()*scale, 3), P, y >= 0)
-        assert game.P[1].tolist() == [0, 1] and game.reached.all()
+    game = play(csr(W.crow_indices(), W.col_indices(), W.values()*scale, 3), P, y)
+    assert game.P[1].tolist() == [0, 1]
 
 
-def test_an_item_keeps_its_distribution_where_neighbours_play_none_of_its_classes():
-    y = torch.tensor([0, -1, 1])
+def test_an_item_does_not_move_if_neighbors_play_none_of_its_classes():
     P = torch.tensor([[1., 0, 0], [0, 0, 1], [0, 1, 0]])
-    assert torch.equal(replicator(chain(3), P, y >= 0).P, P)
+    assert torch.equal(play(chain(3), P, torch.tensor([0, -1, 1])).P, P)
+
+
+@pytest.fixture(scope='module')
+def difficult():
+    "Duplicates, zero vectors, and a component without labels; (feats, logits, y, which items no label reaches)"
+    x, logits, y = problem(4, n=200)
+    x[50:100] = x[50]
+    x[120:125] = 0
+    x = torch.cat([F.pad(x, (0, 2)), F.pad(1+torch.rand(30, 2), (6, 0))])
+    lost = torch.zeros(230, dtype=bool)
+    lost[120:125] = lost[200:] = True
+    return x, F.pad(logits, (0, 0, 0, 30)), F.pad(y, (0, 30), value=-1), lost
 
 
 @pytest.mark.parametrize('start', ['uniform', 'network'])
-def test_duplicates_zero_vectors_and_islands(start):
-    x, logits, y = problem(4, n=200)
-    x[50:100] = x[50]          # many identical items
-    x[120:125] = 0             # no direction: no neighbour
-    x = torch.cat([torch.cat([x, torch.zeros(200, 2)], 1), torch.cat([torch.zeros(30, 6), 1+torch.rand(30, 2)], 1)])   # an island without label
-    y, logits = torch.cat([y, torch.full((30,), -1)]), torch.cat([logits, torch.zeros(30, 4)])
+def test_gtg_on_difficult_input(difficult, start):
+    x, logits, y, lost = difficult
     p = GTG(k=8, start=start)(x, logits, y)
-    lost = torch.zeros(230, dtype=bool)
-    lost[120:125] = lost[200:] = True
-    assert torch.equal(p.reached, ~lost) and (p.labels[lost] == -1).all() and (p.certainty[lost] == 0).all() and (p.weights[lost] == 0).all()
-    assert torch.isfinite(p.Z).all() and torch.isfinite(p.weights).all() and torch.equal(p.Z.sum(1).round(decimals=4), (~lost).float())
+    assert torch.equal(p.reached, ~lost)
+    assert (p.labels[lost] == -1).all()
+    assert not p.weights[lost].any()
+    torch.testing.assert_close(p.Z.sum(1), (~lost).float())
     P, reached = slow_game(p.W, start_of(y, 4, logits if start == 'network' else None), y, p.n_iter)
-    clear = P.topk(2).values.diff().abs().flatten() > 1e-2
-    assert torch.equal(p.reached, reached) and torch.equal(p.labels[reached & clear & (y < 0)], P.argmax(1)[reached & clear & (y < 0)])
-    for labeler in (Diffusion(k=8, omega=False, zeta=False), GTG(k=8, start=start, omega=False, zeta=False)):
-        plain = labeler(x, logits, y)
-        assert torch.equal(plain.weights, (~lost).float()) and torch.equal(plain.certainty, plain.weights)
+    clear = (P.topk(2).values.diff().abs().flatten() > 1e-2) & reached & (y < 0)
+    assert torch.equal(p.labels[clear], P.argmax(1)[clear])
 
 
-def test_one_label_per_class_and_more_neighbours_than_items():
-    x, logits, y = problem(5, n=20, labeled=4)
-    with pytest.warns(UserWarning, match='k=50 is not below'): p = GTG(k=50)(x, logits, y)
-    P, _ = slow_game(p.W, start_of(y, 4), y, p.n_iter)
-    torch.testing.assert_close(p.Z.double(), P, atol=1e-4, rtol=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        q = GTG(k=19)(x, logits, y)
-    assert torch.equal(p.labels, q.labels) and p.reached.all()
-    everything = GTG(k=5)(x, logits, torch.arange(20) % 4)
-    assert everything.labels.tolist() == [i % 4 for i in range(20)] and (everything.certainty == 1).all() and everything.residual == 0
+@pytest.mark.parametrize('labeler', [Diffusion, GTG])
+def test_unreached_items_have_no_weight_without_omega(difficult, labeler):
+    x, logits, y, lost = difficult
+    assert torch.equal(labeler(k=8, omega=False, zeta=False)(x, logits, y).weights, (~lost).float())
 
 
-def test_gtg_takes_what_diffusion_takes():
+def test_all_items_labeled():
+    x, logits, _ = problem(5, n=20)
+    p = GTG(k=5)(x, logits, torch.arange(20) % 4)
+    assert torch.equal(p.labels, torch.arange(20) % 4)
+    assert p.residual == 0
+
+
+def test_input_types():
     x, logits, y = problem(6)
     p = GTG(k=8)(x, logits, y)
     assert torch.equal(GTG(k=8)(x.double().numpy(), logits, y.numpy()).labels, p.labels)
     assert (GTG(k=8)(x.half(), logits.half(), y.int()).labels == p.labels).float().mean() > .97
-    assert torch.equal(GTG(k=8, backend='torch')(x, logits, y).Z, p.Z)
-
-
-def test_bad_input_is_named():
-    x, logits, y = problem(7)
-    for bad, match in ((torch.where(y == 2, -1, y), 'class 2 has no labeled item'), (y[:50], '50 labels for 120 rows'), (y.float(), 'one integer per item'), (y+1, 'out of range')):
-        with pytest.raises(ValueError, match=match): GTG()(x, logits, bad)
-    x[[7, 9], 0] = torch.nan
-    with pytest.raises(ValueError, match=r'item\(s\) 7, 9'): GTG()(x, logits, y)
-    for bad in (dict(k=0), dict(gamma=0), dict(max_iter=0), dict(tol=-1), dict(start='random'), dict(omega_norm='one'), dict(backend='annoy')):
-        with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))!r}"): GTG(**bad)
 
 
 @pytest.mark.parametrize('labeler', LABELERS)
-def test_either_weight_can_be_switched_off(labeler):
+def test_invalid_labels(labeler):
+    x, logits, y = problem(7)
+    with pytest.raises(ValueError, match='class 2 has no labeled item'): labeler()(x, logits, torch.where(y == 2, -1, y))
+    with pytest.raises(ValueError, match='got 50 labels for 120 items'): labeler()(x, logits, y[:50])
+    with pytest.raises(ValueError, match='label 4 is out of range'): labeler()(x, logits, y+1)
+
+
+@pytest.mark.parametrize('name, bad', dict(k=0, gamma=0, max_iter=0, tol=-1, start='random', omega=1, backend='annoy').items())
+def test_invalid_settings(name, bad):
+    with pytest.raises(ValueError, match=f'{name} must be'): GTG(**{name: bad})
+
+
+@pytest.mark.parametrize('labeler', LABELERS)
+def test_weights_can_be_switched_off(labeler):
     x, logits, y = problem(8)
-    full, no_omega, no_zeta, neither = (labeler(omega=o, zeta=z)(x, logits, y) for o, z in ((True, True), (False, True), (True, False), (False, False)))
-    assert not torch.equal(full.weights, no_omega.weights) and not torch.equal(full.weights, no_zeta.weights)
-    torch.testing.assert_close(no_omega.weights, full.class_weights[full.labels])
-    assert torch.equal(no_zeta.weights, full.certainty) and torch.equal(no_omega.certainty, torch.ones(120)) and torch.equal(neither.weights, torch.ones(120))
-    for p in (no_omega, no_zeta, neither): assert torch.equal(p.labels, full.labels) and torch.equal(p.Z, full.Z)
+    switches = dict(), dict(omega=False), dict(zeta=False), dict(omega=False, zeta=False)
+    full, no_omega, no_zeta, neither = (labeler(**o)(x, logits, y) for o in switches)
+    assert not torch.equal(full.weights, no_omega.weights)
+    assert not torch.equal(full.weights, no_zeta.weights)
+    assert torch.equal(no_omega.weights, full.class_weights[full.labels])
+    assert torch.equal(no_zeta.weights, full.certainty)
+    assert torch.equal(neither.weights, torch.ones(120))
+    for p in (no_omega, no_zeta, neither): assert torch.equal(p.labels, full.labels)
+
+
+@pytest.mark.parametrize('labeler', LABELERS)
+def test_labelers_have_no_state(labeler):
+    x, logits, y = problem(8)
+    one = labeler()
+    before = copy.deepcopy(vars(one))
+    first = one(x, logits, y)
+    assert vars(one) == before
+    assert torch.equal(one(x, logits, y).weights, first.weights)
 
 
 def test_diffusion_is_propagate():
     x, logits, y = problem(9)
     p, q = Diffusion(k=8, alpha=.9, omega_norm=None)(x, logits, y), propagate(x, y, 4, k=8, alpha=.9, omega_norm=None)
-    assert torch.equal(p.Z, q.Z) and torch.equal(p.weights, q.weights)
+    assert torch.equal(p.Z, q.Z)
+    assert torch.equal(p.weights, q.weights)
+
+
+def test_network_prediction_is_the_softmax():
+    x, logits, y = problem(9)
+    p = NetworkPrediction()(x, logits, y)
+    assert torch.equal(p.Z, logits.softmax(1))
+    assert torch.equal(p.labels[y < 0], logits.argmax(1)[y < 0])
