@@ -30,7 +30,7 @@ from fastai_lp.experiments.datasets import Rows, digits
 from fastai_lp.experiments.commands import environment
 from fastai_lp.learner.features import Extractor
 from fastai_lp.learner.layers import find_classifier
-from fastai_lp.transductive.pseudo import propagate
+from fastai_lp.transductive.propagate import propagate
 
 
 def digit_images():

@@ -25,7 +25,7 @@ import faiss  # after torch
 from .transductive.settings import Constraint, as_rows, check, constraints, defaults, one_of
 from .transductive.neighbors import default_k, knn
 from .transductive.graph import affinity, csr
-from .transductive.pseudo import spread
+from .transductive.propagate import spread
 from .transductive.curation import label_issues, suggest
 
 # %% ../nbs/03_estimator.ipynb #d4ee1da2

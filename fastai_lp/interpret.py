@@ -213,7 +213,7 @@ def load(cls:LPInterpretation,
     f = read_npz(fname, checksum=True)
     history = json.loads(f['history'].item()) if 'history' in f else []
     vocab = f['vocab'].tolist() if 'vocab' in f else None
-    return cls(PseudoLabels._of(f, fname), history, f.get('truth'), f.get('items'), vocab, dl)
+    return cls(PseudoLabels.from_arrays(f, fname), history, f.get('truth'), f.get('items'), vocab, dl)
 
 # %% ../nbs/02_interpret.ipynb #155b54ca
 def _find_run(fname, method, seed, labels):

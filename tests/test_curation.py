@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from fastai_lp.learner.data import hide_labels
+from fastai_lp.learner.splitting import hide_labels
 from fastai_lp.transductive.curation import label_issues, suggest
 from fastai_lp.transductive.graph import affinity, normalize
 from fastai_lp.transductive.neighbors import knn

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from fastai_lp.estimator import LabelDiffusion
 from fastai_lp.learner.splitting import hide_labels
-from fastai_lp.transductive.pseudo import propagate
+from fastai_lp.transductive.propagate import propagate
 
 pixels, truth = load_digits(return_X_y=True)
 

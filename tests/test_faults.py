@@ -33,7 +33,8 @@ from fastai_lp.learner.features import Extractor
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.transductive.advice import advice
-from fastai_lp.transductive.pseudo import PseudoLabels, propagate
+from fastai_lp.transductive.propagate import propagate
+from fastai_lp.transductive.pseudo import PseudoLabels
 from fastai_lp.learner.resume import ResumeCallback
 from test_callback import Break, traceless
 
@@ -627,7 +628,7 @@ def test_really_no_memory(shows, tmp_path):
 import torch
 from fastai_lp.transductive.advice import memory_advice
 from fastai_lp.transductive.labelers import Diffusion
-from fastai_lp.transductive.pseudo import propagate
+from fastai_lp.transductive.propagate import propagate
 x = torch.randn(40_000, 16)
 y = torch.where(torch.arange(40_000) < 10, torch.arange(40_000), -1)
 propagate(x[:500], y[:500])

@@ -118,8 +118,8 @@ def test_settings_of_mean_teacher_reach_the_run(data, changes, tmp_path):
     assert figures(a) != figures(b)
 
 
-TRICKS = dict(soft=dict(soft=True), sharp=dict(temperature=.3, balance='align'), power=dict(omega_power=2.), even=dict(balance='sinkhorn', prior='uniform'), views=dict(unlabeled_views=2), augment=dict(augment=2),
-    thumbnail=dict(backbone='thumbnail'), beside=dict(backbone='thumbnail', beside=1.), k=dict(k=3), mutual=dict(symmetry='mutual'), local=dict(local=3), poisson=dict(labeler='poisson'), mixup=dict(mixup=.4),
+TRICKS = dict(sharp=dict(temperature=.3, balance='sinkhorn'), even=dict(balance='sinkhorn', prior='uniform'), views=dict(unlabeled_views=2), augment=dict(augment=2),
+    thumbnail=dict(backbone='thumbnail'), beside=dict(backbone='thumbnail', beside=1.), k=dict(k=3), mixup=dict(mixup=.4),
     steps=dict(steps=2), strong=dict(strong_tfms=True), milder=dict(strong_tfms=dict(degrees=1., cutout=0)))
 
 
@@ -144,7 +144,7 @@ def test_strong_is_the_preset(data, tmp_path):
 
 
 def test_a_stopped_run_with_tricks(data, tmp_path, monkeypatch):
-    recipe = replace(FEW, network='small', width=4, tricks=dict(steps=2, soft=True, unlabeled_views=2))
+    recipe = replace(FEW, network='small', width=4, tricks=dict(steps=2, unlabeled_views=2))
     through = run_method(data, 'strong', recipe, tmp_path/'a', device='cpu', bar=False)
     with monkeypatch.context() as m:
         m.setattr(fastai_lp.experiments.train._Watch, 'before_batch', Stop('stage2', 1).before_batch(), raising=False)

@@ -18,7 +18,6 @@ from ..learner.callback import LPCallback
 from ..learner.features import Extractor
 from ..learner.layers import Thumbnail
 from ..transductive.labelers import GTG, Diffusion, NetworkPrediction
-from ..transductive.poisson import Poisson
 from ..learner.augment import strong_tfms
 
 # %% ../../nbs/experiments/04_recipes.ipynb #9612a55d
@@ -105,7 +104,7 @@ def _labeler(method, recipe):
 
 def beyond(
     method:str, # of `METHODS`
-    recipe:Recipe, # its `tricks` are arguments of `LPCallback`; besides, `labeler` may be 'poisson', `backbone` 'thumbnail', `strong_tfms` the arguments of `strong.strong_tfms`
+    recipe:Recipe, # its `tricks` are arguments of `LPCallback`; besides, `backbone` may be 'thumbnail', `strong_tfms` the arguments of `strong.strong_tfms`
     truth, # true classes, for the figures only
 )->list: # callbacks
     "`LPCallback` with what a recipe asks of it, and a callback that mixes items where it does"
@@ -115,8 +114,6 @@ def beyond(
     more = dict(truth=truth) | (dict(features=Extractor(augment=True)) if recipe.augment_descriptors else {})
     if method == 'strong': return [LPCallback.strong(**more, **tricks)]
     labeler = _labeler(method, recipe)
-    if tricks.get('labeler') == 'poisson': labeler = Poisson(recipe.k, recipe.gamma, omega=recipe.omega, omega_norm=recipe.omega_norm, zeta=recipe.zeta, zeta_norm=recipe.zeta_norm)
-    tricks.pop('labeler', None)
     own = {f.name for f in fields(labeler)}
     labeler = replace(labeler, **{k: tricks.pop(k) for k in list(tricks) if k in own})
     return [LPCallback(labeler, **more, **tricks)]

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from .graph import csr
-from ..utils.files import read_npz, written_whole
+from ..utils.files import atomic_write, read_npz
 
 # %% ../../nbs/transductive/06_pseudo.ipynb #e76248ff
 @dataclass
@@ -105,7 +105,7 @@ def save(self:PseudoLabels,
     for name in ('seconds', 'graph'): d.update({f'{name}_{k}': v for k, v in getattr(self, name).items()})
     if self.W is not None: d.update(W=self.W.values(), W_crow=self.W.crow_indices(), W_col=self.W.col_indices().int())
     d = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in d.items()} | more
-    with written_whole(fname, checksum=True) as f: np.savez_compressed(f, **d)
+    with atomic_write(fname, checksum=True) as f: np.savez_compressed(f, **d)
     return fname
 
 
