@@ -28,13 +28,13 @@ from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize
 from fastai_lp.learner.streams import semi_dls
 from fastai_lp.learner.images import SemiImageDataLoaders
-from fastai_lp.experiments.results import read_lines
+from fastai_lp.experiments.commands import read_lines
 from fastai_lp.learner.features import Extractor
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.transductive.advice import advice
-from fastai_lp.transductive.pseudo import PseudoLabels
 from fastai_lp.transductive.propagate import propagate
+from fastai_lp.transductive.pseudo import PseudoLabels
 from fastai_lp.learner.resume import ResumeCallback
 from test_callback import Break, traceless
 
