@@ -1,27 +1,39 @@
-"`from fastai_lp.all import *`, after `from fastai.vision.all import *`: all that a notebook needs. Written by hand."
-from fastai_lp.transductive.neighbors import *
-from fastai_lp.transductive.graph import *
-from fastai_lp.transductive.diffusion import *
-from fastai_lp.transductive.balance import *
-from fastai_lp.transductive.pseudo import *
-from fastai_lp.transductive.scoring import *
-from fastai_lp.transductive.propagate import *
-from fastai_lp.transductive.advice import *
-from fastai_lp.transductive.labelers import *
-from fastai_lp.transductive.curation import *
-from fastai_lp.learner.losses import *
-from fastai_lp.learner.data import *
-from fastai_lp.learner.splitting import *
-from fastai_lp.learner.streams import *
-from fastai_lp.learner.images import *
-from fastai_lp.learner.augment import *
-from fastai_lp.learner.features import *
-from fastai_lp.learner.scoped import *
-from fastai_lp.learner.record import *
-from fastai_lp.learner.callback import *
-from fastai_lp.learner.mixing import *
-from fastai_lp.learner.mean_teacher import *
-from fastai_lp.learner.resume import *
-from fastai_lp.experiments.models import *
-from fastai_lp.interpret import *
-from fastai_lp.estimator import *
+"What a user types: `from fastai_lp.all import *`, after `from fastai.vision.all import *`"
+from fastai_lp.estimator import LabelDiffusion
+from fastai_lp.interpret import LPInterpretation
+from fastai_lp.learner.augment import Cutout, OnUnlabeled, RandomAffine, strong_tfms
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock, is_unlabeled
+from fastai_lp.learner.features import Extractor
+from fastai_lp.learner.images import SemiImageDataLoaders
+from fastai_lp.learner.layers import L2Linear, Thumbnail, add_l2norm, find_feature_layer
+from fastai_lp.learner.losses import PseudoLabelLoss
+from fastai_lp.learner.mean_teacher import MeanTeacherCallback, teacher_in_place
+from fastai_lp.learner.mixing import StreamMixUp
+from fastai_lp.learner.record import LPRecord
+from fastai_lp.learner.resume import ResumeCallback
+from fastai_lp.learner.splitting import LabeledOnlySplitter, hide_labels
+from fastai_lp.learner.streams import TwoStream, semi_dls, two_stream
+from fastai_lp.transductive.advice import peak_memory
+from fastai_lp.transductive.balance import class_prior
+from fastai_lp.transductive.curation import label_issues, suggest
+from fastai_lp.transductive.diffusion import diffuse
+from fastai_lp.transductive.graph import affinity, normalize
+from fastai_lp.transductive.labelers import GTG, Diffusion, NetworkPrediction
+from fastai_lp.transductive.neighbors import default_k, knn, knn_recall
+from fastai_lp.transductive.propagate import propagate, seed_matrix, spread
+from fastai_lp.transductive.pseudo import PseudoLabels
+from fastai_lp.transductive.scoring import certainty, class_weights
+
+__all__ = [
+    # in a Learner
+    'LPCallback', 'Extractor', 'Diffusion', 'NetworkPrediction', 'GTG', 'MeanTeacherCallback', 'teacher_in_place',
+    'ResumeCallback', 'LPRecord', 'PseudoLabelLoss', 'L2Linear', 'Thumbnail', 'add_l2norm', 'find_feature_layer',
+    # data
+    'SemiCategorize', 'SemiCategoryBlock', 'SemiImageDataLoaders', 'TwoStream', 'semi_dls', 'two_stream', 'hide_labels',
+    'LabeledOnlySplitter', 'is_unlabeled', 'strong_tfms', 'RandomAffine', 'Cutout', 'OnUnlabeled', 'StreamMixUp',
+    # after a fit, or without a network
+    'LPInterpretation', 'suggest', 'label_issues', 'LabelDiffusion',
+    # the transductive step
+    'propagate', 'PseudoLabels', 'knn', 'knn_recall', 'default_k', 'affinity', 'normalize', 'diffuse', 'spread', 'seed_matrix',
+    'certainty', 'class_weights', 'class_prior', 'peak_memory']
