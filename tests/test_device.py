@@ -16,8 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import quiet
-from fastai_lp.experiments.batches import LossOnDevice, image_dls
-from fastai_lp.experiments.datasets import ImageArrays, show_labels
+from fastai_lp.experiments.callbacks import LossOnDevice
+from fastai_lp.experiments.batches import image_dls
+from fastai_lp.experiments.datasets import ImageArrays
+from fastai_lp.experiments.splits import show_labels
 from fastai_lp.experiments.models import ConvNet13, TwoHeads, resnet18_84, small_convnet
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback

@@ -28,7 +28,7 @@ from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize
 from fastai_lp.learner.streams import semi_dls
 from fastai_lp.learner.images import SemiImageDataLoaders
-from fastai_lp.experiments.commands import read_lines
+from fastai_lp.experiments.results import read_lines
 from fastai_lp.learner.features import Extractor
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback

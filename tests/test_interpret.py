@@ -25,8 +25,8 @@ from fastai_lp.learner.streams import semi_dls
 from fastai_lp.transductive.advice import advice
 from fastai_lp.transductive.curation import label_issues, suggest
 from fastai_lp.transductive.labelers import NetworkPrediction
-from fastai_lp.transductive.propagate import propagate
 from fastai_lp.transductive.pseudo import PseudoLabels
+from fastai_lp.transductive.propagate import propagate
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from fastai_lp.transductive.graph import affinity, normalize
 from fastai_lp.transductive.neighbors import EXACT_UP_TO, engine_for, knn, knn_recall, unit_rows
 from fastai_lp.transductive.propagate import propagate
 from fastai_lp.transductive.settings import as_rows
-from fastai_lp.utils.distributed import share_of, shared
 from fastai_lp.utils.progress import reporting
+from fastai_lp.utils.distributed import share_of, shared
 
 
 def points(n=400, d=12, seed=0): return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
