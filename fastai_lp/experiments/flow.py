@@ -14,7 +14,8 @@ import torch
 from matplotlib.patches import FancyBboxPatch
 
 from .results import COLORS
-from .toy import CLASSES, plot_toy, toy
+from .toy import plot_toy, toy
+from ..plots import CLASSES
 
 # %% ../../nbs/experiments/14_flow.ipynb #dacd6338
 def _net(ax, seed, color):
