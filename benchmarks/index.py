@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from fastai_lp.transductive.graph import affinity
-from fastai_lp.transductive.neighbors import knn
-from fastai_lp.transductive.neighbors import knn_recall
+from fastai_lp.transductive.neighbors import knn, knn_recall
 from fastai_lp.transductive.propagate import spread
 from step import NOISE, items, machine
 

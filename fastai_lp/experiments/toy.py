@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from ..plots import CLASSES, UNLABELED
 from ..transductive.graph import affinity
-from ..transductive.pseudo import spread
+from ..transductive.propagate import spread
 
 # %% ../../nbs/experiments/13_toy.ipynb #2a6e77ec
 def toy(
