@@ -198,7 +198,7 @@ def test_finished_files_are_only_used_for_their_data(data, tmp_path):
     images = data.images.clone()
     images[0] += 1
     for other in (show_labels(data, 9, seed=1), replace(data, test=data.test[:9]), replace(data, images=images)):
-        with pytest.raises(ValueError, match='images .* there'): run(other, 'supervised', FEW, tmp_path)
+        with pytest.raises(ValueError, match='another fit .images .* in the file'): run(other, 'supervised', FEW, tmp_path)
 
 
 def test_a_fresh_teacher_is_not_the_initial_student(data, tmp_path, monkeypatch):
