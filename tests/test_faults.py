@@ -86,8 +86,8 @@ def test_one_label_in_all(shows):
 
 
 @pytest.mark.parametrize('y, what, match', [
-    ([0, 1, 5], 'a label is out of range', 'label 5 is out of range'), ([0., 1., -1.], 'labels are floats', 'type torch.float'),
-    ([[0], [1], [-1]], 'labels have two dimensions', r'shape \(3, 1\)'), ([True, False, True], 'labels are booleans', 'type torch.bool'), ([0, 1], 'a label is lacking', '2 labels for 3 rows')])
+    ([0, 1, 5], 'a label is out of range', 'label 5 is out of range'), ([0., 1., -1.], 'labels are floats', 'torch.float'),
+    ([[0], [1], [-1]], 'labels have two dimensions', r'shape \(3, 1\)'), ([True, False, True], 'labels are booleans', 'torch.bool'), ([0, 1], 'a label is lacking', '2 labels for 3 items')])
 def test_labels_that_are_none(shows, y, what, match):
     with shows.error(LABELS, what, match): propagate(torch.eye(3), torch.tensor(y), 2)
 
@@ -210,9 +210,9 @@ def test_constant_descriptors(shows):
     data = blobs()
     data.x[:] = 1.
     learn = blob_learner(data)
-    with pytest.warns(UserWarning, match='next to nothing|takes over|no label reaches'): learn.fit(2, cbs=LPCallback())
+    with pytest.warns(UserWarning, match='mean certainty|takes over|no label reaches'): learn.fit(2, cbs=LPCallback())
     assert torch.isfinite(flat_weights(learn)).all()
-    shows.result(DESCRIPTORS, 'all descriptors are the same', 'Pseudo-labels mean nothing, and all numbers are finite. A fit warns that certainty is next to nothing, that one class takes over, or that no label reaches items, whichever is the case.')
+    shows.result(DESCRIPTORS, 'all descriptors are the same', 'Pseudo-labels mean nothing, and all numbers are finite. A fit warns of low certainty, that one class takes over, or that no label reaches items, whichever is the case.')
 
 
 def test_zero_vectors(shows):
@@ -245,12 +245,12 @@ def test_one_dimension(shows):
 
 @pytest.mark.parametrize('x, what', [(np.ones((4, 2), complex), 'complex'), (np.array([['a', 'b']]*4), 'text'), (torch.ones(4, 2, dtype=torch.bool), 'boolean'), (np.full((4, 2), None), 'object')])
 def test_descriptors_that_are_no_numbers(shows, x, what):
-    with shows.error(DESCRIPTORS, f'{what} descriptors', 'expected real numbers'): propagate(x, np.array([0, 1, -1, -1]))
+    with shows.error(DESCRIPTORS, f'{what} descriptors', 'must be real numbers'): propagate(x, np.array([0, 1, -1, -1]))
 
 
 @pytest.mark.parametrize('shape', [(4,), (4, 2, 2), (4, 0)])
 def test_descriptors_of_another_shape(shows, shape):
-    with shows.error(DESCRIPTORS, f'descriptors of shape {shape}', 'expected one row per item'): propagate(torch.ones(shape), torch.tensor([0, 1, -1, -1]))
+    with shows.error(DESCRIPTORS, f'descriptors of shape {shape}', 'one row per item'): propagate(torch.ones(shape), torch.tensor([0, 1, -1, -1]))
 
 
 @pytest.mark.parametrize('convert', [lambda x: x.half(), lambda x: x.double(), lambda x: (100*x).round().long(), lambda x: (50*x).round().to(torch.int8), lambda x: x.bfloat16(),
@@ -279,7 +279,7 @@ def test_numbers_at_the_ends_of_float32(shows, size):
     mixed = torch.where(torch.arange(60)[:, None] % 2 == 0, x, x*size)
     assert torch.equal(propagate(mixed, y).labels, truth)
     shows.result(DESCRIPTORS, f'descriptors of size {size}', 'Normalised like all others.')
-    with shows.error(DESCRIPTORS, 'float64 descriptors beyond float32', r'item\(s\) 5 are NaN, infinite, or too large') if size == 1e37 else warnings.catch_warnings():
+    with shows.error(DESCRIPTORS, 'float64 descriptors beyond float32', r'item\(s\) 5 are NaN, infinite or too large') if size == 1e37 else warnings.catch_warnings():
         if size == 1e37: propagate(torch.where(torch.arange(60)[:, None] == 5, x.double()*1e300, x.double()).numpy(), y)
 
 
@@ -406,9 +406,9 @@ def test_arrays_that_do_not_fit(shows, tmp_path, change):
     f = {k: v for k, v in fastai_lp.utils.files.read_npz(file).items() if change.get(k, 0) is not None}
     change = {k: np.resize(v, f[k].shape) if k == 'W_col' else v for k, v in change.items() if v is not None}
     with fastai_lp.utils.files.atomic_write(file, checksum=True) as out: np.savez_compressed(out, **{**f, **change})
-    with pytest.raises(ValueError, match='p.npz: these are no pseudo-labels'): PseudoLabels.load(file)
+    with pytest.raises(ValueError, match='p.npz does not hold pseudo-labels'): PseudoLabels.load(file)
     if 'labels' in change and len(change['labels']) == 30:
-        with shows.error(FILES, 'saved pseudo-labels whose arrays contradict each other', 'labels outside'): PseudoLabels.load(file)
+        with shows.error(FILES, 'saved pseudo-labels whose arrays contradict each other', 'labels must be −1 to 2'): PseudoLabels.load(file)
 
 
 class Bomb:
@@ -605,7 +605,7 @@ def test_no_room_for_descriptors(shows, data, monkeypatch):
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), MemoryError(), RuntimeError('Error in void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: out of memory'), RuntimeError('std::bad_alloc')])
-@pytest.mark.parametrize('where', ['fastai_lp.transductive.pseudo.affinity', 'fastai_lp.transductive.warm._search', 'fastai_lp.transductive.diffusion.spmm'])
+@pytest.mark.parametrize('where', ['fastai_lp.transductive.propagate.affinity', 'fastai_lp.transductive.propagate.knn', 'fastai_lp.transductive.diffusion.spmm'])
 def test_no_memory(shows, data, error, where, monkeypatch):
     learn = blob_learner(data)
     before, weights = state_of(learn), flat_weights(learn)
@@ -613,7 +613,7 @@ def test_no_memory(shows, data, error, where, monkeypatch):
     monkeypatch.setattr(where, fail)
     with pytest.raises(type(error)) as e: learn.fit(1, cbs=LPCallback())
     note = [o for o in e.value.__notes__ if o.startswith('LPCallback')][-1]
-    assert 'pseudo-labels of 120 items, 16 numbers per descriptor and 3 classes take about' in note and 'k=' in note
+    assert 'pseudo-labels for 120 items with 16 feature dimensions and 3 classes need about' in note and 'k=' in note
     error.__notes__ = []
     monkeypatch.undo()
     assert state_of(learn) == before and torch.equal(weights, flat_weights(learn))
@@ -641,7 +641,7 @@ for i in range(2):
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print(propagate(x[:5000], y[:5000]).labels.shape)
 """, 0, cwd=tmp_path)
-    assert res.stdout.count('LPCallback: the pseudo-labels of 40000 items') == 2 and 'torch.Size([5000])' in res.stdout, res.stdout + res.stderr
+    assert res.stdout.count('LPCallback: pseudo-labels for 40000 items') == 2 and 'torch.Size([5000])' in res.stdout, res.stdout + res.stderr
 
 
 def test_table_of_the_docs_is_what_these_tests_showed(request, table):

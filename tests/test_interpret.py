@@ -177,8 +177,8 @@ def unwell(n=200):
         reached=propagate(islands, two, k=5), **{'class': propagate(torch.ones(n, 16), few)})
 
 
-@pytest.mark.parametrize('what,match', [('certainty', 'is next to nothing.*warmup='), ('class', 'class .* takes over: 100%'),
-    ('residual', 'after 2 .*Raise max_iter='), ('reached', 'no label reaches 100 of 198 unlabeled items')])
+@pytest.mark.parametrize('what,match', [('certainty', 'mean certainty.*below 0.05.*warmup='), ('class', 'class .* takes over: 100%'),
+    ('residual', 'after 2 .*increase max_iter='), ('reached', 'no label reaches 100 of 198 unlabeled items')])
 def test_advice(what, match): assert re.search(match, advice(unwell()[what])[what])
 
 

@@ -13,8 +13,8 @@ import torch
 import faiss  # after torch: its CUDA 12 libraries must not be loaded before those of torch
 
 from .settings import as_rows, check, constraints, defaults
-from ..utils.progress import blocks
 from ..utils.distributed import gathered, share_of
+from ..utils.progress import blocks
 
 # %% ../../nbs/transductive/02_neighbors.ipynb #20abe9c3
 def default_k(

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from .graph import csr
-from ..utils.files import read_npz, atomic_write
+from ..utils.files import atomic_write, read_npz
 
 # %% ../../nbs/transductive/06_pseudo.ipynb #e76248ff
 @dataclass
