@@ -56,7 +56,7 @@ class LPCallback(FitScoped):
     def __init__(self,
         labeler=None, # makes the pseudo-labels (see `labelers`); None: `Diffusion` with the settings given here
         *,
-        warmup:int=0, # first epochs, on labeled items only (T of Algorithm 1); 0 suits pretrained networks. Counts over all fits, as `every` does
+        warmup:int=0, # first epochs, on labeled items only (T of Algorithm 1), counted over all fits; 0 suits pretrained networks
         every:int=1, # renew the pseudo-labels every so many epochs; the paper does in each epoch
         features:Extractor=None, # how features are extracted; None: `Extractor()`
         unlabeled_tfms=None, # extra batch transforms for unlabeled items in training; True: `augment.strong_tfms()`
@@ -69,7 +69,8 @@ class LPCallback(FitScoped):
         check(_constraints, warmup=warmup, every=every, mixup=mixup)
         self.labeler, self.features = Diffusion(**settings) if labeler is None else labeler, features or Extractor()
         self.warmup, self.every, self.mixup, self.truth = warmup, every, mixup, truth
-        self.unlabeled_tfms, self._for_images = L(strong_tfms() if unlabeled_tfms is True else unlabeled_tfms or None), unlabeled_tfms is True
+        self._for_images = unlabeled_tfms is True
+        self.unlabeled_tfms = L(strong_tfms() if self._for_images else unlabeled_tfms or None)
         self.record, self._course = LPRecord(), 0  # number of epochs in all fits so far
         self._fit = self._data = self._mix = None
 
@@ -126,7 +127,7 @@ def _add_mix(self:LPCallback):
     if not self.mixup or self._fit.warm: return
     if getattr(self._fit.dl, 'views', 1) > 1:
         if self.mixup is True: return
-        raise ValueError(f"mixup={self.mixup} cannot be used with Mean Teacher: it changes the view of the student and not that of the teacher")
+        raise ValueError(f"mixup={self.mixup} cannot be used with Mean Teacher: it changes the student's view and not the teacher's")
     self._mix = StreamMixUp(.4 if self.mixup is True else self.mixup)
     self.learn.add_cb(self._mix)
 
@@ -161,7 +162,8 @@ def _check_data(self:LPCallback, fit):
         raise ValueError(f"the training DataLoader is {type(dl).__name__}, expected a fastai one with a batch size: "
             "make it with DataLoaders.from_dsets")
     if not len(dl):
-        raise ValueError(f"an epoch has no batch: {len(dl.dataset)} training items, batch size {dl.bs}, drop_last=True; use smaller batches")
+        raise ValueError(f"an epoch has no batch: {len(dl.dataset)} training items, batch size {dl.bs}, drop_last=True. "
+            "Use smaller batches")
     if not hasattr(learn.dls, 'c'): raise ValueError("the number of classes is unknown: set dls.c")
     if self.unlabeled_tfms and not hasattr(getattr(dl, 'after_batch', None), 'fs'):
         raise ValueError(f"unlabeled_tfms need a DataLoader with batch transforms, such as TfmdDL, got {type(dl).__name__}")
@@ -211,7 +213,8 @@ def _still_valid(self:LPCallback):
 @patch
 def before_train(self:LPCallback):
     "Renew the pseudo-labels if they are due, and prepare the batches of the epoch"
-    if self._fit is None: raise ValueError("there is no training data: a Learner from load_learner comes without; set learn.dls before the fit")
+    if self._fit is None:
+        raise ValueError("there is no training data: a Learner from load_learner comes without data, set learn.dls before the fit")
     self._fit.rank, self._fit.world = share_batches(self.dls.loaders)
     if self._fit.due: self._update()
     self._prepare()
@@ -346,8 +349,9 @@ def _check_inputs(self:LPCallback):
     if not self._for_images or fit.warned.get('images') or any(isinstance(o, TensorImage) for o in xb): return
     fit.warned['images'] = True
     if fit.rank == 0:
-        warnings.warn(f"LPCallback: unlabeled_tfms=True is for images, and the inputs are {', '.join(type(o).__name__ for o in xb)}: they are "
-            "not transformed. Pass transforms for such a batch, or unlabeled_tfms=None")
+        kinds = ', '.join(type(o).__name__ for o in xb)
+        warnings.warn(f"LPCallback: unlabeled_tfms=True is for images, and the inputs are {kinds}: they are not transformed. "
+            "Pass transforms for such a batch, or unlabeled_tfms=None")
 
 # %% ../../nbs/learner/13_callback.ipynb #72b5c684
 @patch

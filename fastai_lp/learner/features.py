@@ -43,14 +43,16 @@ class Extractor:
     _:KW_ONLY
     augment:bool=False # extract from an augmented view, as the authors' program does; False: from the item as it is, as new items will be
     backbone:nn.Module=None # another network, e.g. a pretrained one or `Thumbnail()`, whose output [b, d] or [b, d, h, w] is the features
-    weight:float=None # None: the backbone's features replace the model's; else they are joined to them with this weight, falling to 0 over a fit
+    weight:float=None # None: the backbone's features replace the model's; else their weight when joined to them, falling to 0 over a fit
     max_bytes:int=2**32 # larger features or logits are kept in a temporary file (in TMPDIR); 4 GiB fit in most memories
 
     def __post_init__(self):
         if self.weight is not None and (self.backbone is None or self.weight < 0):
-            raise ValueError(f"weight must be a number of at least 0, given with backbone=, got weight={self.weight!r}, backbone={self.backbone!r}")
+            raise ValueError("weight must be a number of at least 0, given with backbone=, "
+                f"got weight={self.weight!r}, backbone={self.backbone!r}")
         if self.backbone is not None and self.weight is None and self.layer is not None:
-            raise ValueError("layer= is a layer of the trained model and backbone= another network: pass one of them, or a weight= to join them")
+            raise ValueError("layer= is a layer of the trained model and backbone= another network: pass one of them, "
+                "or a weight= to join them")
 
 # %% ../../nbs/learner/08_features.ipynb #b0bb4ba6
 @contextmanager

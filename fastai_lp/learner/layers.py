@@ -84,7 +84,7 @@ def add_l2norm(
 
 # %% ../../nbs/learner/07_layers.ipynb #86c46459
 class Thumbnail(nn.Module):
-    """Features without a network: the image averaged down to a few pixels, shifted so that the smallest value is 0. A `backbone` of `Extractor`.
+    """Features without a network: a small copy of the image, shifted so that the smallest value is 0. A `backbone` of `Extractor`.
 
     Raises `ValueError` for inputs that are not images [b, channels, height, width], unless `strict=False`."""
     def __init__(self,

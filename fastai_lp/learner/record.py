@@ -16,7 +16,7 @@ from .data import is_unlabeled
 
 # %% ../../nbs/learner/11_record.ipynb #72148392
 class LPRecord(Stateful):
-    "The last pseudo-labels, one history row per update, and the true classes if they were given. `LPCallback` leaves it as `learn.lp_record`"
+    "The last pseudo-labels, one history row per update, and the true classes if given. `LPCallback` leaves it as `learn.lp_record`"
     _stateattrs = ('pseudo', 'truth')  # as long as the training set: not exported with a Learner
 
     def __init__(self): self.pseudo, self.truth, self.history = None, None, []
@@ -27,8 +27,8 @@ class LPRecord(Stateful):
 
     def to_df(self)->pd.DataFrame:
         "The history as a DataFrame, one row per update; seconds per stage are in columns `s_STAGE`"
-        rows = [{**{k: v for k, v in row.items() if k != 'seconds'}, **{f's_{k}': v for k, v in row['seconds'].items()}} for row in self.history]
-        return pd.DataFrame(rows)
+        def flat(seconds, **row): return row | {f's_{k}': v for k, v in seconds.items()}
+        return pd.DataFrame([flat(**row) for row in self.history])
 
     def __repr__(self): return f"LPRecord({len(self.history)} updates" + (f", last {self.history[-1]})" if self.history else ")")
 
@@ -47,9 +47,12 @@ def truth_of(
     if unknown: raise ValueError(f"truth contains the class {unknown[0]!r}, which is not in the vocab")
     truth = torch.tensor([-1 if is_unlabeled(o) else o2i.get(o, o) for o in truth])
     if truth.shape != y.shape:
-        raise ValueError(f"truth has shape {tuple(truth.shape)} for {len(y)} training items: expected one class each, in training-set order")
+        raise ValueError(f"truth has shape {tuple(truth.shape)} for {len(y)} training items: expected one class each, "
+            "in training-set order")
     wrong = ((truth >= 0) & (y >= 0) & (truth != y)).nonzero().flatten().tolist()
-    if wrong: raise ValueError(f"truth contradicts the known label of {len(wrong)} item(s), first {wrong[:5]}: is it in training-set order?")
+    if wrong:
+        raise ValueError(f"truth contradicts the known label of {len(wrong)} item(s), first {wrong[:5]}: "
+            "is it in training-set order?")
     return truth.long()
 
 
