@@ -1,4 +1,4 @@
-"Two processes with gloo, in fastai's own `distrib_ctx`: both have the same pseudo-labels, weights and history, equal to those of one process."
+"Two processes with gloo, in fastai's `distrib_ctx`: same pseudo-labels, weights and history, equal to those of one process."
 import os
 import warnings
 from dataclasses import replace
@@ -58,8 +58,10 @@ class Batches(Callback):
         self.labeled[-1].append((items < N_LABELED).sum().item())
         p = getattr(getattr(self.learn, 'lp_record', None), 'pseudo', None)
         if p is None: return
-        target, weights = self.yb[0], p.weights[items]
-        self.right.append(torch.equal(target.sum(1), weights) and torch.equal(target.argmax(1), torch.where(weights > 0, p.labels[items], 0)))
+        weights = p.weights[items]
+        expected = torch.zeros_like(self.yb[0])
+        expected[torch.arange(len(items)), p.labels[items].clamp(min=0)] = weights
+        self.right.append(torch.equal(self.yb[0], expected))
 
 
 class Shift(Callback):
@@ -76,7 +78,8 @@ class Seen:
         self.feats.append(feats)
         self.states.append({k: v.clone() for k, v in unwrapped(self.learn.model).state_dict().items()})
         p = Diffusion()(feats, logits, y)
-        return replace(p, labels=p.labels.flip(0), certainty=p.certainty*.5, Z=p.Z+1, n_iter=-1) if dist.get_rank() else p
+        if not dist.get_rank(): return p
+        return replace(p, labels=p.labels.flip(0), certainty=p.certainty*.5, Z=p.Z+1, n_iter=-1)
 
 
 class FirstTeacher(Callback):
@@ -93,15 +96,16 @@ class Off(Callback):
 
 
 def is_restored(learn):
-    return (not isinstance(learn.model, DistributedDataParallel) and place(learn.dls.train) == (0, 1) and len(learn.metrics) == 1
-        and type(learn.loss_func).__name__ == 'CrossEntropyLossFlat' and getattr(learn.dls.train, 'ranks', 1) == 1
-        and 'get_idxs' not in vars(learn.dls.train))
+    dl = learn.dls.train
+    return (not isinstance(learn.model, DistributedDataParallel) and place(dl) == (0, 1) and len(learn.metrics) == 1
+        and type(learn.loss_func).__name__ == 'CrossEntropyLossFlat' and getattr(dl, 'ranks', 1) == 1 and 'get_idxs' not in vars(dl))
 
 
 def fit(learn, epochs, cbs, look=None, lr=1e-2):
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(epochs, lr, cbs=[*([look] if look else []), *cbs])
     record = getattr(learn, 'lp_record', None)
-    res = dict(weights=flat_weights(learn), history=record and record.history, values=list(learn.recorder.values), restored=is_restored(learn))
+    res = dict(weights=flat_weights(learn), history=record and record.history, values=list(learn.recorder.values))
+    res['restored'] = is_restored(learn)
     return res if look is None else dict(res, items=look.items, labeled=look.labeled, right=look.right)
 
 
@@ -115,7 +119,7 @@ def extraction(rank, path):
     rows.clear()
     with work_shared(rank, 2): shared = extract(learn)
     own = sum(rows)
-    learn.model.eval()(torch.zeros(1, 8))  # after a pass with gradients, the wrapper waits in the next one for the first process
+    learn.model.eval()(torch.zeros(1, 8))  # the wrapper waits in the pass after one with gradients
     alone = extract(learn).feats if rank == 1 else None
     count.remove()
     return dict(feats=shared.feats, logits=shared.logits, own=own, alone=alone)
@@ -145,7 +149,8 @@ def teachers(rank, path, extra=()):
 
 def resumed(rank, path):
     def cbs(file): return [LPCallback(warmup=1), MeanTeacherCallback(), ResumeCallback(path/file)]
-    with patch('fastai_lp.learner.resume.torch.save', wraps=torch.save) as save: through = fit(learner(path, seed=rank), 4, cbs('through.pth'))
+    with patch('fastai_lp.learner.resume.torch.save', wraps=torch.save) as save:
+        through = fit(learner(path, seed=rank), 4, cbs('through.pth'))
     saved = sum(hasattr(o.args[1], 'name') for o in save.call_args_list)  # torch also saves what it sends
     try: fit(learner(path, seed=rank), 4, [*cbs('off.pth'), Off()])
     except KeyboardInterrupt: pass
@@ -170,8 +175,8 @@ def everything(rank, path):
     res = dict(rows=gather_rows(torch.arange(6).view(3, 2)[:3-rank] + 10*rank))
     for f in (extraction, whole_fit, warned, teachers, resumed, single): res[f.__name__] = f(rank, path)
     res['both'] = teachers(rank, path, [LPCallback(warmup=1)])
-    res['two_streams'] = fit(learner(path, plain=True), 3, [LPCallback(warmup=1)], Batches(), .1)
-    res['one_stream'] = fit(learner(path, two_stream=False, plain=True, workers=rank), 3, [LPCallback(warmup=1)], Batches(), .1)
+    plain = dict(two_streams=learner(path, plain=True), one_stream=learner(path, two_stream=False, plain=True, workers=rank))
+    for name, learn in plain.items(): res[name] = fit(learn, 3, [LPCallback(warmup=1)], Batches(), .1)
     options = LPCallback(warmup=1, features=Extractor(augment=True), temperature=.5, balance='sinkhorn', mixup=.4)
     res['options'] = fit(learner(path, seed=rank), 3, [options])
     return res
@@ -182,7 +187,8 @@ def process(rank, path):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
     os.environ.update(MASTER_ADDR='localhost', MASTER_PORT='29500')  # accelerate wants them and does not use them
-    dist.init_process_group('gloo', init_method=f"file://{path/'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    meet = f"file://{path/'meet'}"
+    dist.init_process_group('gloo', init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.save(everything(rank, path), path/f'{rank}.pth')
     dist.barrier()
     dist.destroy_process_group()
@@ -234,7 +240,8 @@ def test_pseudo_labels_equal_those_of_one_process(ranks, tmp_path):
         torch.testing.assert_close(feats, found.feats)
     one = Diffusion()(*found, learn.dls.train.targets)
     for k in ('labels', 'reached'): assert torch.equal(a['pseudo'][k], getattr(one, k)), k
-    for k in ('certainty', 'class_weights', 'Z'): torch.testing.assert_close(a['pseudo'][k], getattr(one, k), atol=1e-4, rtol=1e-4)
+    floats = ('certainty', 'class_weights', 'Z')
+    torch.testing.assert_close([a['pseudo'][k] for k in floats], [getattr(one, k) for k in floats], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('name', ['whole_fit', 'one_stream', 'options', 'both', 'teachers'])
@@ -285,7 +292,8 @@ def test_two_processes_equal_one_with_batches_twice_as_large(name, ranks, tmp_pa
     learn = learner(tmp_path, two_stream=name == 'two_streams', plain=True)
     if name == 'two_streams': learn.dls.loaders[0] = learn.dls.train.new(bs=2*BS, labeled_bs=2*LABELED_BS)
     else: learn.dls.train.bs = 2*BS
-    orders = iter([[i for pair in zip(*epochs) for o in pair for i in o] for epochs in zip(*(r[name]['items'] for r in ranks))])
+    both = zip(*(r[name]['items'] for r in ranks))
+    orders = iter([[i for pair in zip(*batches) for o in pair for i in o] for batches in both])
     dl, start = learn.dls.train, flat_weights(learn)
     class Given(type(dl)):
         def get_idxs(self): return next(orders) if self.shuffle else super().get_idxs()

@@ -34,7 +34,9 @@ class TwoHeads(nn.Module):
 class Spy(Callback):
     "The batches, the losses, and the weights of the student after each step"
     order = 100
-    def before_fit(self): self.x, self.y, self.losses, self.states = [], [], [], [copy.deepcopy(self.learn.model.state_dict())]
+    def before_fit(self):
+        self.x, self.y, self.losses, self.states = [], [], [], []
+        self.after_step()
     def after_pred(self):
         if self.training: self.x.append(self.xb[0].clone()), self.y.append(self.yb[0].clone())
     def after_loss(self):
@@ -234,6 +236,6 @@ def test_lr_find_and_inference_make_no_teacher(data, tmp_path):
     (lambda: blob_learner(two_stream=False).fit(1, cbs=MeanTeacherCallback()), 'use semi_dls'),
     (lambda: blob_learner().fit(1, cbs=[MeanTeacherCallback(), MixUp()]), 'MixUp and CutMix'),
     (lambda: MeanTeacherCallback(decay=1.), r'decay must be a number in \[0, 1\)'),
-    (lambda: MeanTeacherCallback(weight=-1), 'weight must be a number of at least 0')], ids=['plain batches', 'mixup', 'decay', 'weight'])
+    (lambda: MeanTeacherCallback(weight=-1), 'weight must be a number of at least 0')], ids=['plain', 'mixup', 'decay', 'weight'])
 def test_errors(make, match):
     with pytest.raises(ValueError, match=match): make()

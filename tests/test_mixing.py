@@ -56,8 +56,8 @@ def batch(n_labeled=5, n_unlabeled=9, c=4, h=6, w=8, seed=0):
     labels, weights = torch.randint(c, (n,), generator=g), torch.rand(n, generator=g)+.1
     for kind in (unlabeled, ~unlabeled):
         if kind.sum() > 3: weights[kind.nonzero()[0]] = 0
-    x = TensorImage(torch.randn(n, 3, h, w, generator=g))
-    return SimpleNamespace(x=x, labels=labels, weights=weights, unlabeled=unlabeled, rows=weighted_targets(labels, weights, c), c=c)
+    x, rows = TensorImage(torch.randn(n, 3, h, w, generator=g)), weighted_targets(labels, weights, c)
+    return SimpleNamespace(x=x, labels=labels, weights=weights, unlabeled=unlabeled, rows=rows, c=c)
 
 
 def mix(cb, b, seed=0, xb=None):
@@ -128,7 +128,8 @@ def test_several_inputs_are_mixed_with_the_same_lambda():
     for new, old in zip(mixed, inputs):
         lam = cb.lam.view(-1, *[1]*(old.ndim-1))
         assert (type(new), new.dtype) == (type(old), old.dtype)
-        torch.testing.assert_close(torch.Tensor(new).float(), torch.Tensor(lam*old + (1-lam)*old[cb.partner]).float(), rtol=2e-3, atol=2e-3)
+        expected = lam*old + (1-lam)*old[cb.partner]
+        torch.testing.assert_close(torch.Tensor(new).float(), torch.Tensor(expected).float(), rtol=2e-3, atol=2e-3)
 
 
 def test_mixing_does_not_wait_for_a_gpu():
@@ -145,7 +146,8 @@ class Batches(Callback):
     def before_fit(self): self.trained, self.validated = [], []
     def after_pred(self):
         mix = next(cb for cb in self.learn.cbs if isinstance(cb, StreamMixUp))
-        (self.trained if self.training else self.validated).append((self.xb[0].clone(), mix.lam, mix.partner, self.learn.loss_func))
+        batches = self.trained if self.training else self.validated
+        batches.append((self.xb[0].clone(), mix.lam, mix.partner, self.learn.loss_func))
 
 
 def test_training_batches_are_mixed_after_warmup_and_validation_is_not(data):
@@ -182,7 +184,7 @@ def test_a_callback_that_stays_on_the_learner(tmp_path, monkeypatch):
     (lambda: [StreamMixUp()], r'add LPCallback\(\)'),
     (lambda: [LPCallback(), MeanTeacherCallback(), StreamMixUp()], 'Mean Teacher'),
     (lambda: [StreamMixUp(-1)], 'alpha must be a number above 0, got -1'),
-    (lambda: [StreamMixUp(float('nan'))], 'alpha must be a number above 0')], ids=['alone', 'Mean Teacher', 'negative', 'nan'])
+    (lambda: [StreamMixUp(float('nan'))], 'alpha must be a number above 0')], ids=['alone', 'mean_teacher', 'negative', 'nan'])
 def test_errors_before_training(cbs, message):
     learn = blob_learner()
     before = flat_weights(learn)

@@ -17,8 +17,8 @@ from fastai_lp.learner.resume import ResumeCallback
 
 
 TORCH_SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
-CBS = dict(none=lambda: [], lp=lambda: [LPCallback(warmup=1)], every=lambda: [LPCallback(every=3)], mt=lambda: [MeanTeacherCallback()],
-    both=lambda: [LPCallback(warmup=2), MeanTeacherCallback()])
+CBS = dict(none=lambda: [], lp=lambda: [LPCallback(warmup=1)], every=lambda: [LPCallback(every=3)],
+    mt=lambda: [MeanTeacherCallback()], both=lambda: [LPCallback(warmup=2), MeanTeacherCallback()])
 
 
 def run(cbs, path, extra=(), opt=None, seed=0, workers=0, epochs=5, data=None):
@@ -29,22 +29,25 @@ def run(cbs, path, extra=(), opt=None, seed=0, workers=0, epochs=5, data=None):
     return learn
 
 
+def interrupted(cbs, file, stop, extra=(), every=1, **kwargs):
+    with pytest.raises(KeyboardInterrupt): run(cbs, file.parent, [*extra, ResumeCallback(file, every), stop], **kwargs)
+
+
 @pytest.fixture
 def file(tmp_path): return tmp_path/'run.pth'
 
 
 @pytest.mark.parametrize('cbs', CBS)
-@pytest.mark.parametrize('event, epoch', [('before_batch', 3), ('after_validate', 1), ('before_train', 4), ('after_epoch', 2)])
+@pytest.mark.parametrize('event, epoch', dict(before_batch=3, after_validate=1, before_train=4, after_epoch=2).items())
 def test_interrupted_and_resumed(cbs, event, epoch, file):
     through = run(cbs, file.parent)
-    with pytest.raises(KeyboardInterrupt): run(cbs, file.parent, [ResumeCallback(file), Stop(event, epoch)])
+    interrupted(cbs, file, Stop(event, epoch))
     same_run(through, run(cbs, file.parent, [ResumeCallback(file)], seed=7))
 
 
 def test_interrupted_twice(file):
     through = run('both', file.parent)
-    for epoch in (1, 3):
-        with pytest.raises(KeyboardInterrupt): run('both', file.parent, [ResumeCallback(file), Stop('before_batch', epoch)])
+    for epoch in (1, 3): interrupted('both', file, Stop('before_batch', epoch))
     same_run(through, run('both', file.parent, [ResumeCallback(file)]))
 
 
@@ -53,7 +56,7 @@ def test_interrupted_twice(file):
 def test_optimizers_workers_and_every(opt, workers, every, file):
     again = dict(opt=opt, workers=workers)
     through = run('both', file.parent, **again)
-    with pytest.raises(KeyboardInterrupt): run('both', file.parent, [ResumeCallback(file, every), Stop('before_batch', 3)], **again)
+    interrupted('both', file, Stop('before_batch', 3), every=every, **again)
     assert torch.load(file, weights_only=True)['epoch'] == (2 if every == 2 else 3)
     same_run(through, run('both', file.parent, [ResumeCallback(file, every)], seed=7, **again))
 
@@ -81,13 +84,16 @@ def test_two_fits_with_a_file_each(tmp_path):
 
 def test_trackers_and_loggers(tmp_path, file):
     def extra(name):
-        return [SaveModelCallback(monitor='accuracy', fname=name), EarlyStoppingCallback(monitor='accuracy', patience=4), CSVLogger(f'{name}.csv')]
+        best, early = SaveModelCallback(monitor='accuracy', fname=name), EarlyStoppingCallback(monitor='accuracy', patience=4)
+        return [best, early, CSVLogger(f'{name}.csv')]
     through = run('lp', tmp_path, extra('a'))
-    with pytest.raises(KeyboardInterrupt): run('lp', tmp_path, [*extra('b'), ResumeCallback(file), Stop('before_batch', 3)])
+    interrupted('lp', file, Stop('before_batch', 3), extra('b'))
     same_run(through, run('lp', tmp_path, [*extra('b'), ResumeCallback(file)], seed=7))
     a, b = (torch.load(tmp_path/'models'/f'{o}.pth') for o in 'ab')
     for k in a: assert torch.equal(a[k], b[k])
-    def rows(name): return [[f'{float(x):.5f}' for x in o.split(',')[:4]] for o in (tmp_path/f'{name}.csv').read_text().splitlines()[1:]]
+    def rows(name):
+        lines = (tmp_path/f'{name}.csv').read_text().splitlines()[1:]
+        return [[f'{float(x):.5f}' for x in o.split(',')[:4]] for o in lines]
     assert len(rows('a')) == 5
     assert rows('a') == rows('b')
 
@@ -111,7 +117,7 @@ def test_state_of_a_users_callback(tmp_path, file):
     def cbs(): return [LossEMA(), LPCallback(), LossEMA(torch.tensor(5.))]
     through = cbs()
     expected = run(through, tmp_path)
-    with pytest.raises(KeyboardInterrupt): run(cbs(), tmp_path, [ResumeCallback(file), Stop('before_batch', 3)])
+    interrupted(cbs(), file, Stop('before_batch', 3))
     saved = torch.load(file, weights_only=True)['callbacks']
     assert [name for name, _ in saved] == ['LPCallback', 'LossEMA', 'LossEMA']
     assert saved[1][1]['epochs'][2] == dict(epoch=2, name=['a', None])
@@ -124,14 +130,16 @@ def test_state_of_a_users_callback(tmp_path, file):
 def test_a_state_that_cannot_be_saved(tmp_path, file):
     class Bad(LossEMA):
         def state_dict(self): return dict(o={1, 2})
-    with pytest.raises(TypeError, match='Bad.state_dict: a state has a set, expected tensors'): run([Bad()], tmp_path, [ResumeCallback(file)])
+    with pytest.raises(TypeError, match='Bad.state_dict: a state has a set, expected tensors'):
+        run([Bad()], tmp_path, [ResumeCallback(file)])
     assert not file.exists()
 
 
 # Other fits
 
-@pytest.mark.parametrize('change, match', [(dict(epochs=6), 'epochs 5 in the file, 6 now'), (dict(cbs='lp'), r"callbacks \['LPCallback', 'Mean"),
-    (dict(data=blobs(per_class=5)), 'labels'), (dict(data=blobs(n=160)), 'items 120 in the file, 130 now'), (dict(data=blobs(d=9)), 'parameters')])
+@pytest.mark.parametrize('change, match', [(dict(epochs=6), 'epochs 5 in the file, 6 now'),
+    (dict(cbs='lp'), r"callbacks \['LPCallback', 'Mean"), (dict(data=blobs(per_class=5)), 'labels'),
+    (dict(data=blobs(n=160)), 'items 120 in the file, 130 now'), (dict(data=blobs(d=9)), 'parameters')])
 def test_another_fit_is_refused(change, match, file):
     args = dict(cbs='both', path=file.parent, extra=[ResumeCallback(file)])
     run(**args)
