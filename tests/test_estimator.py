@@ -1,4 +1,4 @@
-"LabelDiffusion: equal to `propagate`, new rows, input types and errors. The page `estimator` runs scikit-learn's checks and compares with LabelSpreading."
+"LabelDiffusion equals `propagate`; new rows, input types, errors. The page `estimator` runs scikit-learn's checks."
 import pickle
 
 import numpy as np
