@@ -1,4 +1,4 @@
-"Small data and Learners, callbacks that watch or interrupt a fit, and the table of errors in the docs."
+"Small data and Learners, callbacks that watch or interrupt a fit, and what tests read and write of the docs."
 import json
 import os
 import re
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import Datasets
@@ -175,9 +176,22 @@ class Mark(DisplayedTransform):
         return torch.full_like(x, 7.)
 
 
+# The docs
+
+NBS = Path(__file__).resolve().parents[1]/'nbs'
+
+
+def sidebar():
+    "The notebooks in the order of the sidebar"
+    def leaves(o):
+        if isinstance(o, str): return [o]
+        return [x for part in (o.get('contents', []) if isinstance(o, dict) else o) for x in leaves(part)]
+    return leaves(yaml.safe_load((NBS/'_quarto.yml').read_text())['website']['sidebar']['contents'])
+
+
 # The table of errors in the docs
 
-TABLE = Path(__file__).resolve().parents[1]/'nbs'/'faults.json'
+TABLE = NBS/'faults.json'
 PASSED, ROWS = pytest.StashKey(), pytest.StashKey()
 
 

@@ -27,6 +27,8 @@ from fastai_lp.learner.resume import ResumeCallback
 from fastai_lp.transductive.labelers import Diffusion
 from fastai_lp.utils.distributed import gather_rows, place, unwrapped, work_shared
 
+pytestmark = pytest.mark.slow  # two processes
+
 DATA = dict(n=151, per_class=4)  # 121 training items, 12 labeled and 109 not: no share is even
 BS, LABELED_BS, N_LABELED, N_TRAIN = 16, 6, 12, 121
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
+
+from conftest import sidebar
 
 root = Path(__file__).resolve().parents[1]
 nbs = root/'nbs'
@@ -19,14 +20,6 @@ def name_of(path): return path.relative_to(nbs).as_posix()
 
 
 each_notebook = pytest.mark.parametrize('path', notebooks, ids=name_of)
-
-
-def sidebar():
-    "The notebooks in the order of the sidebar"
-    def leaves(o):
-        if isinstance(o, str): return [o]
-        return [x for part in (o.get('contents', []) if isinstance(o, dict) else o) for x in leaves(part)]
-    return leaves(yaml.safe_load((nbs/'_quarto.yml').read_text())['website']['sidebar']['contents'])
 
 
 def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']

@@ -159,6 +159,7 @@ def test_accumulated_gradients_are_one_step(data):
     assert cb.record.step == len(learn.dls.train)//2
 
 
+@pytest.mark.slow
 def test_accuracy_is_better_than_with_the_labels_alone():
     "Mean over three data sets, with the same number of steps"
     acc = dict(alone=0., mt=0., both=0.)

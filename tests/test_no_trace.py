@@ -19,9 +19,8 @@ CALLBACKS = dict(  # chkstyle: ignore-node (one kind per line)
     lp=lambda file: [LPCallback(warmup=1)],
     strong=lambda file: [LPCallback.strong(unlabeled_tfms=Mark())],
     mean_teacher=lambda file: [MeanTeacherCallback()],
-    both=lambda file: [LPCallback(), MeanTeacherCallback()],
     mixup=lambda file: [LPCallback(), StreamMixUp()],
-    resume=lambda file: [LPCallback(), ResumeCallback(file)])
+    resume=lambda file: [LPCallback(), MeanTeacherCallback(), ResumeCallback(file)])
 
 # fastai's events in their order, and where it catches each of its exceptions
 BATCH = 'before_batch after_pred after_loss before_backward before_step after_step'.split()

@@ -18,10 +18,10 @@ import yaml
 from execnb.shell import CaptureShell
 
 import fastai_lp
+from conftest import sidebar
 from fastai_lp.experiments.results import read_lines, summarize
 from fastai_lp.experiments.recipes import METHODS, RECIPES, settings_of
 from fastai_lp.utils.files import read_json_lines
-from test_docs import sidebar
 
 root = Path(__file__).resolve().parents[1]
 results = root/'benchmarks'/'results'

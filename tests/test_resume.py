@@ -52,7 +52,7 @@ def test_interrupted_twice(file):
 
 
 @pytest.mark.parametrize('opt', [partial(SGD, mom=.9), TORCH_SGD], ids=['SGD', 'OptimWrapper'])
-@pytest.mark.parametrize('workers, every', [(0, 2), (2, 1)])
+@pytest.mark.parametrize('workers, every', [(0, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_optimizers_workers_and_every(opt, workers, every, file):
     again = dict(opt=opt, workers=workers)
     through = run('both', file.parent, **again)

@@ -75,7 +75,7 @@ def test_imagewang_layout(tmp_path):
     assert (len(dls.train_ds), (dls.train.targets < 0).sum(), len(dls.valid_ds)) == (28, 12, 8)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_folder_to_exported_model(folder, workers, tmp_path):
     set_seed(0, reproducible=True)
     dls = loaders(folder, unlabeled='unsup', batch_tfms=aug_transforms(size=32), num_workers=workers)
@@ -104,6 +104,7 @@ def test_folder_to_exported_model(folder, workers, tmp_path):
     assert features.calls == 2, 'features are extracted once per epoch of training, and at no other time'
 
 
+@pytest.mark.slow
 def test_load_learner_in_a_new_process(folder, tmp_path):
     learn = vision_learner(loaders(folder), resnet18, pretrained=False, cbs=LPCallback(warmup=1))
     with learn.no_bar(): learn.fit_one_cycle(2)
