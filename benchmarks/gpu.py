@@ -12,10 +12,10 @@ update  `propagate` on `n` synthetic items with 128 dimensions (see step.py): se
 plan    the commands of the paper's tables, the most useful first. Each continues where it was interrupted.
 
 Prints lines of JSON, and appends them to --out. Without a GPU everything runs on the CPU, for a trial with small
-numbers. None of it has run on a GPU yet, so there is no result file.
+numbers. `step` and `update` have run on one H200, without FAISS on the GPU; the paper's tables have not.
 
-    python benchmarks/gpu.py step --compile --out benchmarks/results/gpu.jsonl
-    python benchmarks/gpu.py update --peer --out benchmarks/results/gpu.jsonl
+    python benchmarks/gpu.py step --compile --out benchmarks/results/gpu/gpu.jsonl
+    python benchmarks/gpu.py update --c 10 --out benchmarks/results/gpu/gpu.jsonl
     python benchmarks/gpu.py plan"""
 import argparse
 import json
