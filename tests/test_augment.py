@@ -9,12 +9,11 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
-from fastai.torch_basics import DisplayedTransform
 from fastai.torch_core import TensorCategory, set_seed
 from fastai.vision.core import TensorImage
 from torch.utils.data import TensorDataset
 
-from conftest import blob_learner, blobs, flat_weights
+from conftest import Mark, blob_learner, blobs, flat_weights
 from fastai_lp.experiments.batches import image_dls
 from fastai_lp.experiments.datasets import ImageArrays, digits, digits_dls
 from fastai_lp.experiments.models import small_convnet
@@ -22,15 +21,6 @@ from fastai_lp.learner.augment import Cutout, OnUnlabeled, RandomAffine, strong_
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.features import Extractor
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
-
-
-class Mark(DisplayedTransform):
-    "Sets everything to 7 and keeps the sizes of its batches"
-    order, split_idx = 50, 0
-    def __init__(self, log=None): self.log = [] if log is None else log
-    def encodes(self, x: torch.Tensor):
-        self.log.append(len(x))
-        return torch.full_like(x, 7.)
 
 
 class Seen(Callback):

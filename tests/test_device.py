@@ -12,8 +12,6 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import quiet
 from fastai_lp.experiments.callbacks import LossOnDevice
@@ -27,45 +25,7 @@ from fastai_lp.learner.resume import ResumeCallback
 from fastai_lp.transductive.diffusion import _cg, diffuse, spmm
 from fastai_lp.transductive.graph import affinity, normalize
 from fastai_lp.transductive.neighbors import _exact_torch, knn
-
-aten, T = torch.ops.aten, torch.Tensor
-asking = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.nonzero_numpy, aten.masked_select,
-    aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount}
-indexing = {aten.index, aten.index_put, aten.index_put_}
-
-
-class Waits(TorchDispatchMode):
-    "Counts what waits for a GPU: operations whose values or sizes Python needs, and copies between host and device"
-    def __init__(self):
-        super().__init__()
-        self.found, self.calls = [], _Copies(self)
-
-    def __enter__(self):
-        self.calls.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *args):
-        super().__exit__(*args)
-        self.calls.__exit__(*args)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        op = func.overloadpacket
-        masks = op in indexing and any(o is not None and o.dtype in (torch.bool, torch.uint8) for o in args[1])
-        if op in asking or masks: self.found.append(str(op))
-        return func(*args, **(kwargs or {}))
-
-
-class _Copies(TorchFunctionMode):
-    "Copies, which on CPU tensors are no operation"
-    def __init__(self, waits):
-        super().__init__()
-        self.waits = waits
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        to_device = func in (torch.tensor, torch.as_tensor) and kwargs.get('device') is not None
-        if func in (T.cpu, T.numpy, T.tolist) or to_device: self.waits.found.append(func.__name__)
-        return func(*args, **kwargs)
+from waits import Waits
 
 
 def one_hot_on_a_gpu(x, n): return torch.zeros(*x.shape, n, dtype=torch.int64).scatter_(-1, x[..., None], 1)

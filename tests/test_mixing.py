@@ -15,7 +15,7 @@ from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.losses import weighted_targets
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.mixing import StreamMixUp, partners
-from test_device import Waits
+from waits import Waits
 
 
 # Who is mixed with whom
