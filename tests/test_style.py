@@ -1,5 +1,6 @@
 "House style, as far as a program can check it."
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -29,6 +30,14 @@ def test_line_length():
     lines = [(name_of(p), line) for p in modules+scripts for line in p.read_text(encoding='utf-8').splitlines()]
     assert not [o for o in lines if len(o[1]) > 140]
     assert sum(len(line) > 120 for _, line in lines) <= .03*len(lines)
+
+
+def test_exported_cells_are_short():
+    cells = [(name_of(p), ''.join(c['source']).strip().splitlines()) for p in texts if p.suffix == '.ipynb'
+        for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    exported = [(name, len(lines)-1) for name, lines in cells if lines and lines[0].startswith('#| export')]
+    assert len(exported) > 100
+    assert not [o for o in exported if o[1] > 40]
 
 
 def imports(path):

@@ -117,7 +117,7 @@ def mini_imagenet(
     limits, (mean, std) = dict(n_train=n_train, n_test=n_test), (tuple(o/255 for o in v) for v in _mini_stats)
     return image_arrays(parts, limits, vocab, size, path, cache, seed, crop, augment='mini_imagenet', mean=mean, std=std)
 
-
+# %% ../../nbs/experiments/05_readers.ipynb #208d4487
 _mini_stats = (120.4, 115.6, 104.5), (70.7, 68.3, 72.5)  # mean and standard deviation of the bytes, those of the authors
 
 

@@ -71,7 +71,7 @@ class PseudoLabelLoss:
 
 def _same(o): return o
 
-
+# %% ../../nbs/learner/01_losses.ipynb #0c5bf367
 def unwrap_loss(
     loss, # a loss function, wrapped or not
 ):

@@ -9,6 +9,7 @@ __all__ = ['certainty', 'class_weights', 'from_scores', 'BlockScores']
 import math
 
 import torch
+from fastcore.basics import patch
 
 from .balance import balanced, class_prior, sharpened
 from .pseudo import PseudoLabels
@@ -100,12 +101,14 @@ class BlockScores:
         omega = 1 - entropy/math.log(n_classes) if n_classes > 1 else torch.ones_like(entropy)
         return torch.where(self.mass > 0, omega.clamp(0, 1), 0)
 
-    def pseudo_labels(self,
-        y:torch.Tensor, # int [n] given labels, negative if unlabeled
-        n_classes:int, # c
-        omega_norm:str=defaults.omega_norm, # see `from_scores`
-        zeta_norm:str=defaults.zeta_norm, # see `class_weights`
-        **info # further fields of `PseudoLabels`
-    )->PseudoLabels: # without `Z`
-        "As `from_scores` of the whole matrix"
-        return _weighted(self.top, self.peak > 0, self.certainty(n_classes), n_classes, y, omega_norm, zeta_norm, **info)
+# %% ../../nbs/transductive/07_scoring.ipynb #f78f9ec6
+@patch
+def pseudo_labels(self:BlockScores,
+    y:torch.Tensor, # int [n] given labels, negative if unlabeled
+    n_classes:int, # c
+    omega_norm:str=defaults.omega_norm, # see `from_scores`
+    zeta_norm:str=defaults.zeta_norm, # see `class_weights`
+    **info # further fields of `PseudoLabels`
+)->PseudoLabels: # without `Z`
+    "As `from_scores` of the whole matrix"
+    return _weighted(self.top, self.peak > 0, self.certainty(n_classes), n_classes, y, omega_norm, zeta_norm, **info)
