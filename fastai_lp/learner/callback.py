@@ -17,7 +17,6 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.data.load import DataLoader
-from fastai.learner import ValueMetric
 from fastai.torch_core import progress_bar
 from fastai.vision.core import TensorImage
 
@@ -34,8 +33,8 @@ from .features import Extractor
 from .layers import Thumbnail, find_classifier, find_feature_layer
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .mixing import StreamMixUp
-from .record import LPRecord, class_names, truth_of
-from .scoped import FitScoped
+from .record import Columns, LPRecord, class_names, truth_of
+from .scoped import FitScoped, in_fit
 from .streams import TwoStream, warn_of_unlabeled_validation
 
 # %% ../../nbs/learner/13_callback.ipynb #2a4ab06f
@@ -51,7 +50,7 @@ class LPCallback(FitScoped):
     unlabeled or no labeled item, a class has no label, the loss is not cross-entropy, or the model has no classifier."""
     order, run_valid = -5, False
     batch_unlabeled = None # bool [b] during a training batch: which items are unlabeled
-    _stateattrs = ('_fit', '_data', 'truth')
+    _stateattrs = ('_fit', '_data', '_cols', 'truth')
 
     def __init__(self,
         labeler=None, # makes the pseudo-labels (see `labelers`); None: `Diffusion` with the settings given here
@@ -72,11 +71,11 @@ class LPCallback(FitScoped):
         self._for_images = unlabeled_tfms is True
         self.unlabeled_tfms = L(strong_tfms() if self._for_images else unlabeled_tfms or None)
         self.record, self._course = LPRecord(), 0  # number of epochs in all fits so far
-        self._fit = self._data = self._mix = None
+        self._fit = self._data = self._cols = self._mix = None
 
     def _init_state(self):
         super()._init_state()
-        self._fit = self._data = self.truth = None
+        self._fit = self._data = self._cols = self.truth = None
 
 # %% ../../nbs/learner/13_callback.ipynb #28d2e636
 @patch(cls_method=True)
@@ -108,10 +107,16 @@ def restore(self:LPCallback):
     "Undo all that a fit changes: loss, order and mode of the data, metrics"
     self._end_epoch()
     self.batch_unlabeled = None
+    self._remove_columns()
     if self._fit is None: return
     if isinstance(self._fit.dl, TwoStream): self._fit.dl.labeled_only, self._fit.dl.ranks = False, 1
-    self.learn.metrics = [m for m in self.learn.metrics if not (isinstance(m, ValueMetric) and m.name.startswith('lp_'))]
     self._fit = None
+
+
+@patch
+def _remove_columns(self:LPCallback, after_fit=False):
+    if self._cols is not None: self._cols.remove(after_fit)
+    self._cols = None
 
 
 @patch
@@ -143,7 +148,7 @@ def _remove_mix(self:LPCallback):
 @patch
 def before_fit(self:LPCallback):
     "Check the data, the loss and the model; add columns to the table of the Recorder"
-    if self._inference: return
+    if self._inference: return self._add_columns()
     self.restore()
     dl = getattr(self.dls.train, 'dl', self.dls.train)  # a DistributedDL wraps its dl
     if getattr(dl, 'n', None) == 0: return  # an exported Learner, without data: fastai's tta fires this event too
@@ -152,7 +157,7 @@ def before_fit(self:LPCallback):
     self._check_model()
     self._fit = fit
     self.learn.lp_record = self.record
-    if not fit.lr_find: self.learn.metrics = self.metrics + self._columns()
+    self._add_columns()
 
 # %% ../../nbs/learner/13_callback.ipynb #8b4adaec
 @patch
@@ -184,13 +189,13 @@ def _check_model(self:LPCallback):
 
 # %% ../../nbs/learner/13_callback.ipynb #90639109
 @patch
-def _columns(self:LPCallback):
-    "Metrics for the Recorder, which all loggers of fastai see"
+def _add_columns(self:LPCallback):
     def last(key):
         if key == 'sec': return sum(row['sec'] for row in self.record.history if row['epoch'] == getattr(self._fit, 'epoch', None))
         return self.record.history[-1].get(key, float('nan')) if self.record.history else float('nan')
     keys = ['accuracy']*(self.truth is not None) + ['certainty', 'sec']
-    return [ValueMetric(partial(last, key), f'lp_{key}') for key in keys]
+    if self._cols is None: self._cols = Columns(self.learn, {f'lp_{key}': partial(last, key) for key in keys})
+    if not in_fit(self.learn): self._cols.wait()
 
 # %% ../../nbs/learner/13_callback.ipynb #e8ab6483
 @patch
@@ -198,6 +203,7 @@ def before_epoch(self:LPCallback):
     "Decide whether this epoch is a warm-up epoch, and whether its pseudo-labels are due"
     if self._inference or self._fit is None: return
     fit = self._fit
+    self._cols.go_on()
     fit.epoch = fit.start + self.epoch
     fit.warm = fit.lr_find or fit.epoch < self.warmup
     fit.due = not fit.warm and ((fit.epoch-self.warmup) % self.every == 0 or not self._still_valid())
@@ -376,12 +382,14 @@ def after_epoch(self:LPCallback):
     "Undo what a cancelled epoch changed, and count the epoch"
     if self._inference or self._fit is None: return
     self._end_epoch()
+    self._cols.wait(fresh=self._fit.due)
     if not self._fit.lr_find: self._course = self._fit.epoch+1
 
 
 @patch
 def after_fit(self:LPCallback):
     "Undo all that the fit changed"
+    if not self._inference or self._fit is None: self._remove_columns(after_fit=True)
     if not self._inference: self.restore()
 
 # %% ../../nbs/learner/13_callback.ipynb #7a12755d
