@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .utils.files import atomic_write, read_json_lines, read_npz
 from .transductive.pseudo import PseudoLabels
 from .transductive.curation import label_issues, suggest
-from .learner.record import class_names
+from .learner.data import class_names
 from .plots import image_grid, plot_accuracy, plot_certainty, plot_confusion_matrix
 
 # %% ../nbs/02_interpret.ipynb #405f1d98

@@ -381,14 +381,6 @@ def test_items_that_skip_themselves_are_refused(data, two_stream, warmup):
     with E(ValueError, match='skip themselves'): learn.fit(2, cbs=LPCallback(warmup=warmup))
 
 
-def test_torch_data_loaders_are_refused(data):
-    tds = torch.utils.data.TensorDataset(data.x, data.truth)
-    dls = DataLoaders(*[torch.utils.data.DataLoader(tds, 16) for _ in range(2)])
-    dls.c = 3
-    learn = quiet(Learner(dls, blob_model(), CrossEntropyLossFlat()))
-    with E(ValueError, match='DataLoaders.from_dsets'): learn.fit(1, cbs=LPCallback())
-
-
 # Truth
 
 def test_truth_as_array_function_or_dict(data):

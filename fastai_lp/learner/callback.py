@@ -16,7 +16,6 @@ import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fastai.data.load import DataLoader
 from fastai.torch_core import progress_bar
 from fastai.vision.core import TensorImage
 
@@ -27,15 +26,15 @@ from ..transductive.labelers import Diffusion
 from ..transductive.pseudo import PseudoLabels
 from ..transductive.settings import Constraint, check, check_labels, integer
 from .augment import strong_tfms
-from .data import HOW_TO_UNLABEL, targets_of
+from .data import class_names, refuse_all_labeled, targets_of
 from .epoch import EpochPlan
 from .features import Extractor
 from .layers import Thumbnail, find_classifier, find_feature_layer
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .mixing import StreamMixUp
-from .record import Columns, LPRecord, class_names, truth_of
+from .record import Columns, LPRecord, truth_of
 from .scoped import FitScoped, in_fit
-from .streams import TwoStream, warn_of_unlabeled_validation
+from .streams import TwoStream, fastai_dl, warn_of_unlabeled_validation
 
 # %% ../../nbs/learner/13_callback.ipynb #2a4ab06f
 _constraints = dict(warmup=integer(0), every=integer(1),
@@ -99,6 +98,7 @@ class LPFit(EpochPlan):
         self.lr_find = lr_find
         self.rank, self.world = 0, 1
         self.truth = self.hard = self.mismatch = None
+        self.replaced = None  # a DataLoader of torch
         self.warned = {}  # problem: whether the user has been warned of it
 
 # %% ../../nbs/learner/13_callback.ipynb #31362a55
@@ -109,6 +109,7 @@ def restore(self:LPCallback):
     self.batch_unlabeled = None
     self._remove_columns()
     if self._fit is None: return
+    if self._fit.replaced is not None: self.learn.dls.loaders[0] = self._fit.replaced
     if isinstance(self._fit.dl, TwoStream): self._fit.dl.labeled_only, self._fit.dl.ranks = False, 1
     self._fit = None
 
@@ -152,10 +153,11 @@ def before_fit(self:LPCallback):
     self.restore()
     dl = getattr(self.dls.train, 'dl', self.dls.train)  # a DistributedDL wraps its dl
     if getattr(dl, 'n', None) == 0: return  # an exported Learner, without data: fastai's tta fires this event too
-    fit = LPFit(dl, self._course, lr_find=hasattr(self.learn, 'lr_finder'))
+    fit = LPFit(fastai_dl(dl), self._course, lr_find=hasattr(self.learn, 'lr_finder'))
     self._check_data(fit)
     self._check_model()
     self._fit = fit
+    if fit.dl is not dl: fit.replaced, self.learn.dls.loaders[0] = dl, fit.dl
     self.learn.lp_record = self.record
     self._add_columns()
 
@@ -163,20 +165,18 @@ def before_fit(self:LPCallback):
 @patch
 def _check_data(self:LPCallback, fit):
     learn, dl = self.learn, fit.dl
-    if not isinstance(dl, DataLoader) or dl.bs is None:
-        raise ValueError(f"the training DataLoader is {type(dl).__name__}, expected a fastai one with a batch size: "
-            "make it with DataLoaders.from_dsets")
     if not len(dl):
         raise ValueError(f"an epoch has no batch: {len(dl.dataset)} training items, batch size {dl.bs}, drop_last=True. "
             "Use smaller batches")
-    if not hasattr(learn.dls, 'c'): raise ValueError("the number of classes is unknown: set dls.c")
     if self.unlabeled_tfms and not hasattr(getattr(dl, 'after_batch', None), 'fs'):
-        raise ValueError(f"unlabeled_tfms need a DataLoader with batch transforms, such as TfmdDL, got {type(dl).__name__}")
+        raise ValueError(f"unlabeled_tfms need a DataLoader with batch transforms, such as TfmdDL, got {type(dl).__name__}: "
+            "use one, or pass unlabeled_tfms=None")
     y, vocab = dl.targets if isinstance(dl, TwoStream) else targets_of(dl), class_names(learn.dls)
+    if not hasattr(learn.dls, 'c'): raise ValueError("the number of classes is unknown: set dls.c")
     if not isinstance(dl, TwoStream): warn_of_unlabeled_validation(learn.dls)  # two-stream DataLoaders have warned already
-    if (y >= 0).all(): raise ValueError(f"all {len(y)} training items are labeled: {HOW_TO_UNLABEL}")
+    if (y >= 0).all(): refuse_all_labeled(dl)
     check_labels(y, learn.dls.c, vocab)
-    fit.y = y.to(learn.dls.device)
+    fit.y = y.to(next(learn.model.parameters()).device)
     if self.truth is not None: fit.truth = truth_of(self.truth, dl, y, vocab).to(fit.y.device)
 
 # %% ../../nbs/learner/13_callback.ipynb #e16bc0b7

@@ -26,6 +26,7 @@ from ..utils.distributed import gathered, share_of, unwrapped
 from ..utils.files import reserve
 from ..transductive.settings import rows_not_finite
 from .layers import find_feature_layer
+from .streams import fastai_dl
 
 # %% ../../nbs/learner/08_features.ipynb #5e880433
 class Features(NamedTuple):
@@ -169,7 +170,7 @@ def __call__(self:Extractor,
     Raises `ValueError` if features or logits are not finite, items cannot be read (they are named), or the DataLoader does not yield
     each item once."""
     dl = learn.dls.train if dl is None else dl
-    dl = getattr(dl, 'dl', dl)
+    dl = fastai_dl(getattr(dl, 'dl', dl))
     model = unwrapped(learn.model)  # the forward pass of a wrapper may wait for processes that are not extracting
     weight = self.weight if self.weight is None else self.weight*(1-progress)
     backbone = None if weight == 0 else self.backbone
@@ -197,7 +198,7 @@ def _extract(self:Extractor, learn, model, dl, own, where, backbone, weight, bar
     with _captured(*where) as seen:
         for i, b in enumerate(_batches(dl, dl.dataset, own, dl.bs)):
             if bar is not None: bar.update(i)
-            inputs = learn._set_device(b)[:dl.n_inp]
+            inputs = learn._set_device(b)[:getattr(dl, 'n_inp', max(1, len(b)-1))]
             logits = _pooled(model(*inputs))
             other = None if backbone is None else backbone.to(logits.device)(*inputs)
             v = F.normalize(_pooled(seen[0]))

@@ -19,7 +19,7 @@ from fastai.data.transforms import ColReader, ColSplitter, get_image_files, pare
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 
-from .data import SemiCategoryBlock, is_unlabeled
+from .data import SemiCategoryBlock, check_types, is_unlabeled, refuse_targets
 from .splitting import LabeledOnlySplitter
 from .streams import semi_dls  # chkstyle: ignore (adds DataBlock.semi_dataloaders)
 
@@ -48,6 +48,10 @@ class SemiImageDataLoaders(ImageDataLoaders):
     "`ImageDataLoaders` for images of which some are unlabeled, with two streams in training"
     @classmethod
     def _semi(cls, source, path, vocab, img_cls, **kwargs):
+        for k in ('y_block', 'label_delim'):
+            if kwargs.get(k) is not None: refuse_targets(f"{k}={kwargs[k]!r}")
+        if vocab is None and isinstance(source, pd.DataFrame):
+            check_types(L(o for o in source[kwargs['get_y'].cols[0]] if not is_unlabeled(o)))
         block_args = {k: kwargs.pop(k) for k in ('get_x', 'get_y', 'splitter', 'item_tfms', 'batch_tfms') if k in kwargs}
         dblock = DataBlock(blocks=(ImageBlock(img_cls), SemiCategoryBlock(vocab=vocab)), **block_args)
         dls = dblock.semi_dataloaders(source, path=path, **kwargs)
@@ -113,6 +117,7 @@ def from_df(cls:SemiImageDataLoaders,
     **kwargs
 ):
     "From a DataFrame in which some labels are missing"
+    if isinstance(label_col, (list, tuple)): refuse_targets(f"{len(label_col)} label columns {list(label_col)}")
     if isinstance(label_col, int) and label_col not in df.columns: label_col = df.columns[label_col]
     if valid_col is not None and df[df[valid_col].astype(bool)][label_col].map(is_unlabeled).any():
         raise ValueError(f"{valid_col!r} puts unlabeled images into validation: set it to False for them")

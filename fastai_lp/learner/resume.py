@@ -40,7 +40,9 @@ def _plain(o):
 def _tuples(o): return tuple(_tuples(x) for x in o) if isinstance(o, (list, tuple)) else o
 
 # %% ../../nbs/learner/15_resume.ipynb #8be06e75
-def _loaders(dls): return [getattr(dl, 'dl', dl) for dl in dls.loaders]  # a DistributedDL wraps its dl
+def _loaders(dls):
+    own = [getattr(dl, 'dl', dl) for dl in dls.loaders]  # a DistributedDL wraps its dl
+    return [dl for dl in own if hasattr(dl, 'rng')]  # those of torch draw from its random state
 
 
 def _random_state(dls):
@@ -173,9 +175,10 @@ def _read(self:ResumeCallback):
 # %% ../../nbs/learner/15_resume.ipynb #add41b9c
 def _data_of(dls):
     "A summary of the training data"
-    dl = _loaders(dls)[0]
+    dl = getattr(dls.train, 'dl', dls.train)
     labels = hashlib.sha256(dl.targets.cpu().numpy().tobytes()).hexdigest() if isinstance(dl, TwoStream) else ''
-    batch = [getattr(dl, 'own_bs', dl.bs), getattr(dl, 'labeled_bs', None)]
+    bs = dl.bs if hasattr(dl, 'bs') else dl.batch_size  # of torch
+    batch = [getattr(dl, 'own_bs', bs), getattr(dl, 'labeled_bs', None)]
     return dict(items=len(dl.dataset), labels=labels, batch=batch)
 
 
