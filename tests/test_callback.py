@@ -262,6 +262,29 @@ def test_start_epoch_counts_the_skipped_epochs(extractions):
     assert len(extractions) == 1
 
 
+@pytest.mark.parametrize('event', ['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_train', 'before_validate'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_callback_looks_at_a_batch(data, event, workers):
+    "Between the planning and the first batch, it is one of the planned batches"
+    learn, spy, seen = blob_learner(data, num_workers=workers), Spy(), []
+    looks = Callback(**{event: lambda cb: seen.append(cb.dls.train.one_batch())})
+    looks.order = 30
+    learn.fit(2, cbs=[LPCallback(), spy, looks])
+    assert len(seen) >= 1
+    targets_match(data, learn, spy.seen[len(spy.seen)//2:])
+    assert 'get_idxs' not in vars(learn.dls.train)
+
+
+@pytest.mark.parametrize('two_stream', [True, False])
+@pytest.mark.parametrize('event', ['before_train', 'after_train'])
+def test_a_callback_predicts_the_training_items(data, event, two_stream):
+    learn, found = blob_learner(data, two_stream=two_stream), []
+    predicts = Callback(**{event: lambda cb: found.append(cb.learn.get_preds(ds_idx=0, inner=True)[1]) if not found else None})
+    predicts.order = 30
+    learn.fit(1, cbs=[LPCallback(), predicts])
+    assert found[0].clamp(min=-1).tolist() == [-1 if o is None else o for o in data.labels[:120]]
+
+
 def test_other_data_get_new_pseudo_labels(data):
     cb = LPCallback(every=5)
     for other in (data, blobs(seed=5), blobs(n=200)): blob_learner(other).fit(1, cbs=cb)

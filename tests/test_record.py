@@ -1,15 +1,18 @@
 "Columns of the Recorder, and trackers on them: in every method of the Learner, in the warm-up, and without an update."
 import re
+import warnings
 
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.hook import summary  # chkstyle: ignore (adds Learner.summary)
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import lr_find  # chkstyle: ignore (adds Learner.lr_find)
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
-from fastai.learner import ValueMetric
+from fastai.callback.training import ShortEpochCallback
+from fastai.learner import ValueMetric, load_learner
 
-from conftest import Stop, blob_learner, blobs, flat_weights
+from conftest import Stop, blob_learner, blobs, flat_weights, quiet
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.scoped import in_fit
 
@@ -199,6 +202,47 @@ def test_a_cancelled_validation(tmp_path):
         if cb.epoch == 1: raise CancelValidException
     learn.fit(3, cbs=[LPCallback(), SaveModelCallback(monitor='lp_certainty'), Callback(before_validate=cancel)])
     assert len(learn.recorder.values) == 3
+
+
+@pytest.mark.parametrize('short_valid', [True, False])
+def test_short_epochs(short_valid, tmp_path):
+    "fastai's Recorder leaves columns out of the row, so that a tracker would read another one"
+    learn, save = blob_learner(path=tmp_path), SaveModelCallback(monitor='lp_certainty')
+    with pytest.warns(UserWarning, match='SaveModelCallback cannot read lp_certainty.*ShortEpochCallback') as seen:
+        learn.fit(2, cbs=[LPCallback(), ShortEpochCallback(.5, short_valid), save])
+    assert sum('cannot read' in str(o.message) for o in seen) == 1
+    assert len(learn.lp_record.history) == 2
+
+
+def test_epochs_that_are_skipped(tmp_path):
+    learn, save = blob_learner(path=tmp_path), SaveModelCallback(monitor='lp_certainty')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(4, cbs=[LPCallback(), save], start_epoch=2)
+    assert [row['epoch'] for row in learn.lp_record.history] == [2, 3]
+    assert save.best == max(row['certainty'] for row in learn.lp_record.history)
+
+
+def test_summary_with_callbacks(tmp_path):
+    learn = tracking(SaveModelCallback, 'lp_certainty', tmp_path)
+    assert 'Linear' in learn.summary()
+    learn.fit(1)
+    before = flat_weights(learn)
+    assert 'Linear' in learn.summary()
+    assert torch.equal(flat_weights(learn), before)
+
+
+def test_a_loaded_learner(tmp_path):
+    learn = tracking(SaveModelCallback, 'lp_certainty', tmp_path)
+    learn.fit(1)
+    learn.export(tmp_path/'export.pkl')
+    loaded = quiet(load_learner(tmp_path/'export.pkl'))
+    assert torch.equal(loaded.predict(3)[2], learn.predict(3)[2])
+    assert len(loaded.validate(dl=learn.dls.valid)) == 2
+    assert not loaded.lock.locked()
+    loaded.dls, loaded.opt = learn.dls, None
+    loaded.fit(1)
+    assert loaded.recorder.metric_names[-3:] == ['lp_certainty', 'lp_sec', 'time']
 
 
 def test_csv_logger(tmp_path):

@@ -99,6 +99,7 @@ class LPFit(EpochPlan):
         self.rank, self.world = 0, 1
         self.truth = self.hard = self.mismatch = None
         self.replaced = None  # a DataLoader of torch
+        self.updated = False  # whether the epoch has new pseudo-labels
         self.warned = {}  # problem: whether the user has been warned of it
 
 # %% ../../nbs/learner/13_callback.ipynb #31362a55
@@ -204,7 +205,7 @@ def before_epoch(self:LPCallback):
     if self._inference or self._fit is None: return
     fit = self._fit
     self._cols.go_on()
-    fit.epoch = fit.start + self.epoch
+    fit.epoch, fit.updated = fit.start + self.epoch, False
     fit.warm = fit.lr_find or fit.epoch < self.warmup
     fit.due = not fit.warm and ((fit.epoch-self.warmup) % self.every == 0 or not self._still_valid())
 
@@ -223,6 +224,7 @@ def before_train(self:LPCallback):
         raise ValueError("there is no training data: a Learner from load_learner comes without data, set learn.dls before the fit")
     self._fit.rank, self._fit.world = share_batches(self.dls.loaders)
     if self._fit.due: self._update()
+    self._fit.updated = self._fit.due
     self._prepare()
     self._add_mix()
 
@@ -317,7 +319,9 @@ def _prepare(self:LPCallback):
 def before_batch(self:LPCallback):
     "Make one-hot rows times ω·ζ of the targets"
     fit, bs, given = self._fit, self.dl.bs, self.learn.yb[0]
-    if self.iter == 0 and not fit.warm: self._check_inputs()
+    if self.iter == 0:
+        fit.release_order()
+        if not fit.warm: self._check_inputs()
     idx = fit.order[self.iter*bs:self.iter*bs+bs]
     self._check_order(given, idx)
     labels, weights = fit.labels[idx], fit.weights[idx]
@@ -382,7 +386,7 @@ def after_epoch(self:LPCallback):
     "Undo what a cancelled epoch changed, and count the epoch"
     if self._inference or self._fit is None: return
     self._end_epoch()
-    self._cols.wait(fresh=self._fit.due)
+    self._cols.wait(fresh=self._fit.updated)
     if not self._fit.lr_find: self._course = self._fit.epoch+1
 
 

@@ -22,32 +22,45 @@ class EpochPlan:
     ): self.dl, self.frozen, self.own_pipeline = dl, None, None
 
 # %% ../../nbs/learner/10_epoch.ipynb #a97a4ee5
+class _Planned:
+    "The methods of a DataLoader whose order is planned"
+    def __init__(self, inner, outer, idxs):
+        self.inner, self.outer, self.idxs, self.rng = inner, outer, idxs, inner.rng
+        self.own = self.remove()
+    def get_idxs(self):
+        self.inner.rng = copy(self.rng)  # as after drawing the order
+        return self.idxs
+
+    def new(self, *args, **kwargs):
+        planned = self.remove()
+        vars(self.outer).update(self.own)
+        try: return self.outer.new(*args, **kwargs)
+        finally: vars(self.outer).update(planned)
+
+    def remove(self): return {k: vars(self.outer).pop(k) for k in ('get_idxs', 'new') if k in vars(self.outer)}
+
+
 @patch
 def fix_order(self:EpochPlan,
     dl:DataLoader, # the one that is iterated over: `dl` of this plan, or fastai's `DistributedDL` around it
 )->list: # item numbers
-    "Draw the order of the next iteration of `dl`, and make this one iteration use it"
+    "Draw the order of the next iteration of `dl`, and use it until `release_order`"
     self.release_order()
-    self.frozen = dl, dl.__dict__.get('get_idxs')
     rng = copy(self.dl.rng)
     dl.randomize()
-    idxs = list(dl.get_idxs())
-    self.dl.rng, drawn = rng, self.dl.rng
-    def once():
-        self.release_order()
-        self.dl.rng = drawn
-        return idxs
-    dl.get_idxs = once
-    return idxs
+    planned = _Planned(self.dl, dl, list(dl.get_idxs()))
+    self.dl.rng, self.frozen = rng, planned
+    dl.get_idxs, dl.new = planned.get_idxs, planned.new
+    return planned.idxs
 
 
 @patch
 def release_order(self:EpochPlan):
     "Let the DataLoader draw its own order again"
     if self.frozen is None: return
-    (dl, own), self.frozen = self.frozen, None
-    if own is None: dl.__dict__.pop('get_idxs', None)
-    else: dl.get_idxs = own
+    self.frozen.remove()
+    vars(self.frozen.outer).update(self.frozen.own)
+    self.frozen = None
 
 # %% ../../nbs/learner/10_epoch.ipynb #d788f06f
 @patch

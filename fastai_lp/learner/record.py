@@ -7,6 +7,7 @@ __all__ = ['LPRecord', 'Columns', 'truth_of']
 
 # %% ../../nbs/learner/11_record.ipynb #9152d7e3
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -45,7 +46,7 @@ class Columns:
         learn:Learner, # the columns are added to its metrics
         values:dict, # name of a column: function that returns its value
     ):
-        self.learn, self.waiting, self.last = learn, [], getattr(learn, 'final_record', None)
+        self.learn, self.waiting, self.warned, self.last = learn, [], False, getattr(learn, 'final_record', None)
         self.metrics = {name: ValueMetric(f, name) for name, f in values.items()}
         learn.metrics = learn.metrics + list(self.metrics.values())
 
@@ -60,11 +61,15 @@ def wait(self:Columns,
 ):
     "Let trackers on the columns ignore the events until `go_on`. Outside a fit, all trackers wait: the Recorder has no complete rows"
     rec, fit = getattr(self.learn, 'recorder', None), in_fit(self.learn)
-    fresh = fresh and fit and rec is not None and len(rec.log) >= len(rec.metric_names)-rec.add_time
+    complete = not fit or rec is not None and len(rec.log) >= len(rec.metric_names)-rec.add_time
     for cb in self.learn.cbs:
         if not cb.run or not isinstance(cb, TrackerCallback): continue
         m = self.metric(cb)
-        if fit and (m is None or getattr(cb, 'every_epoch', False) or fresh and not math.isnan(m.value)): continue
+        if fit and (m is None or getattr(cb, 'every_epoch', False) or fresh and complete and not math.isnan(m.value)): continue
+        if fresh and not complete and not self.warned:
+            self.warned = True
+            warnings.warn(f"{type(cb).__name__} cannot read {m.name} in epochs of which a callback cancels the training or the validation, "
+                "such as ShortEpochCallback: fastai's Recorder has no complete row then")
         cb.run = False
         self.waiting.append(cb)
 
