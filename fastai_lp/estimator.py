@@ -6,8 +6,6 @@
 __all__ = ['encode_labels', 'decode_labels', 'affinity_from_scipy', 'LabelDiffusion']
 
 # %% ../nbs/03_estimator.ipynb #bc21744e
-import warnings
-
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -22,6 +20,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 import faiss  # after torch
 
+from .transductive.labels import as_column, check_converted, known_labels
 from .transductive.settings import Constraint, as_rows, check, constraints, defaults, one_of
 from .transductive.neighbors import default_k, knn
 from .transductive.graph import affinity, csr
@@ -29,29 +28,27 @@ from .transductive.propagate import spread
 from .transductive.curation import label_issues, suggest
 
 # %% ../nbs/03_estimator.ipynb #d4ee1da2
-def _is_missing(y):
-    "Mask of the missing labels"
-    def is_missing(o): return o is None or o == -1 or o == '' or o != o
-    if y.dtype.kind in 'OU': return np.array([is_missing(o) for o in y.tolist()], dtype=bool)
-    return y == -1 if y.dtype.kind in 'if' else np.zeros(len(y), dtype=bool)
+def _one_column(y):
+    "Labels in one dimension"
+    if y is None: raise ValueError("fit requires y to be passed, but the target y is None: pass the labels, −1 if unlabeled.")
+    y = as_column(y)
+    column_or_1d(np.empty(y.shape), warn=True)
+    return y.iloc[:, 0] if isinstance(y, pd.DataFrame) else y.reshape(-1) if y.ndim > 1 else y
 
 
 def encode_labels(
-    y, # [n] class labels
+    y, # [n] class labels; a missing one is −1, or what `labels.known_labels` leaves out
     n:int, # number of rows
 )->tuple: # (classes [c], codes): codes is an int64 tensor [n], −1 if missing
     "Validate class labels and replace them by their indices"
-    y = np.asarray(column_or_1d(y, warn=True))
+    y = _one_column(y)
     if len(y) != n: raise ValueError(f"expected one label per row, −1 if unlabeled, got {len(y)} labels for {n} rows.")
-    if y.dtype.kind == 'f': assert_all_finite(y, input_name='y')
-    known = ~_is_missing(y)
-    if not known.all() and y.dtype.kind in 'if' and len(np.unique(y)) == 2 and known.any():
-        warnings.warn("y contains −1 and one other class: both are taken as classes.")
-        known[:] = True
-    if not known.any(): raise ValueError("no row is labeled: label at least one row per class.")
-    given = y[known] if y.dtype.kind != 'O' else np.array(y[known].tolist())
+    given, known = known_labels(y)
+    if given.dtype.kind == 'f': assert_all_finite(given, input_name='y')
+    if not len(given): raise ValueError("no row is labeled: label at least one row per class.")
     check_classification_targets(given)
     classes, codes = np.unique(given, return_inverse=True)
+    check_converted(classes, isinstance(y, np.ndarray) and y.dtype.kind in 'UT')
     res = np.full(n, -1)
     res[known] = codes
     return classes, torch.from_numpy(res)
@@ -61,10 +58,12 @@ def decode_labels(
     codes, # int [n], class indices, −1 if missing
     classes, # [c] class labels
 ):
-    "Class labels from their indices; a missing one is '' if the classes are strings, else −1"
-    names = classes[codes]
-    if (codes < 0).any() and names.dtype.kind in 'bu': names = names.astype(np.int64)  # these types have no −1
-    names[codes < 0] = '' if classes.dtype.kind == 'U' else -1
+    "Class labels from their indices; a missing one is '' if the classes are strings, NaT if they are dates, else −1"
+    names, missing = classes[codes], codes < 0
+    if not missing.any(): return names
+    if names.dtype.kind == 'b' or names.dtype.kind == 'u' and classes.max() <= np.iinfo(np.int64).max: names = names.astype(np.int64)
+    elif names.dtype.kind == 'u': names = names.astype(object)  # no integer type holds both
+    names[missing] = dict(U='', M='NaT', m='NaT').get(classes.dtype.kind, -1)
     return names
 
 # %% ../nbs/03_estimator.ipynb #5bba1646
@@ -125,7 +124,7 @@ def _sparse_neighbors(self:LabelDiffusion, X, new=None):
 
 
 @patch
-def _k(self:LabelDiffusion, n, without_self): return min(default_k(n) if self.k is None else self.k, n-without_self)
+def _k(self:LabelDiffusion, n, without_self): return min(default_k(n) if self.k is None else int(self.k), n-without_self)
 
 
 @patch
@@ -153,11 +152,12 @@ def fit(self:LabelDiffusion,
     y, # [n] classes, −1 if unlabeled
 ):
     "Build the graph and propagate the labels"
-    check(self._constraints, **{o: getattr(self, o) for o in self._constraints})
+    settings = check(self._constraints, **{o: getattr(self, o) for o in self._constraints})
     X = self._check_X(X, ensure_min_samples=2)
-    self.classes_, self._y = encode_labels(y, X.shape[0])
-    self.X_, self._W = X, self._graph(X)
-    pseudo = spread(self._W, self._y, len(self.classes_), self.alpha, self.max_iter, self.tol, self.seeds).to('cpu')
+    classes, y = encode_labels(y, X.shape[0])
+    W = self._graph(X)
+    pseudo = spread(W, y, len(classes), **{o: settings[o] for o in ('alpha', 'max_iter', 'tol', 'seeds')}).to('cpu')
+    self.classes_, self._y, self.X_, self._W = classes, y, X, W
     csr_parts = self._W.values(), self._W.col_indices(), self._W.crow_indices()
     self.affinity_ = sp.csr_array(tuple(o.cpu().numpy() for o in csr_parts), shape=self._W.shape)
     self.transduction_ = decode_labels(pseudo.labels.numpy(), self.classes_)

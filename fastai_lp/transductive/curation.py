@@ -14,7 +14,7 @@ import torch
 from .diffusion import diffuse
 from .graph import csr, normalize, row_indices
 from .propagate import seed_matrix
-from .settings import check_labels, defaults
+from .settings import as_floats, check, check_labels, constraints, defaults, sizes
 
 # %% ../../nbs/transductive/11_curation.ipynb #6506c537
 def _columns(S, items, alpha, max_iter, tol, block=128):
@@ -37,8 +37,8 @@ class Suggested(NamedTuple):
 @torch.no_grad()
 def suggest(
     W:torch.Tensor, # [n, n] affinity, sparse CSR: `PseudoLabels.W`, or from `affinity`
-    labeled:torch.Tensor, # bool [n]
-    certainty:torch.Tensor, # float [n] ω in [0, 1], as in `PseudoLabels`
+    labeled, # bool [n] tensor or array
+    certainty, # float [n] tensor or array: ω in [0, 1], as in `PseudoLabels`
     m:int=20, # number of items to choose
     alpha:float=defaults.alpha, # as in the diffusion
     pool:int=1000, # candidates, drawn at random from the unlabeled items: memory is n·pool floats
@@ -49,9 +49,11 @@ def suggest(
     "Choose the unlabeled items whose labels reduce the uncertainty of the others most, by greedy V-optimality"
     if not len(W) == len(labeled) == len(certainty):
         raise ValueError(f"W, labeled and certainty must be equally long, got {len(W)}, {len(labeled)} and {len(certainty)}.")
+    check(dict(pool=sizes['pool']), pool=pool)
+    labeled, certainty = torch.as_tensor(labeled, dtype=torch.bool, device=W.device), as_floats(certainty).to(W.device)
     free = (~labeled).nonzero().flatten()
     most = min(pool, len(free))
-    if not 0 < m <= most: raise ValueError(f"m must be an integer from 1 to {most} ({len(free)} unlabeled, pool={pool}), got {m}.")
+    if not sizes['m'].allows(m) or m > most: raise ValueError(f"m must be an integer from 1 to {most} ({len(free)} unlabeled, pool={pool}), got {m}.")
     drawn = torch.from_numpy(np.random.default_rng(seed).permutation(len(free))[:pool])
     items = free[drawn.sort().values.to(free.device)]
     S, _ = normalize(W)
@@ -88,12 +90,13 @@ def label_issues(
     tol:float=1e-4, # relative residual at which CG stops
 )->LabelIssues:
     "Find labeled items whose label is contradicted by the other labels"
+    check(constraints, seeds=seeds)
     y, n_classes = check_labels(y, n_classes, n_items=len(W))
     y = y.to(W.device)
     items = (y >= 0).nonzero().flatten()
     given, S = y[items], normalize(W)[0]
     G = torch.cat([_columns(S, some, alpha, max_iter, tol)[items] for some in items.split(128)], 1).fill_diagonal_(0)
-    Y = seed_matrix(given, n_classes, 'raw')
+    Y = seed_matrix(given, n_classes, 'raw').to(G)
     Z, count = (G @ Y).clamp(min=0), Y.sum(0)
     if seeds == 'class_size': Z = Z/(count-Y).clamp(min=1)
     mass = Z.sum(1, keepdim=True)

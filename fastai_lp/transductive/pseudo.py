@@ -21,12 +21,12 @@ from ..utils.files import atomic_write, read_npz
 class PseudoLabels:
     "Pseudo-labels with their weights"
     labels:torch.Tensor # int64 [n]: the given label or else the pseudo-label; −1 if no label reaches the item
-    certainty:torch.Tensor # float32 [n]: ω, 1 for labeled items, 0 for unreached ones
+    certainty:torch.Tensor # float32 [n] (float64 if the scores are): ω, 1 for labeled items, 0 for unreached ones
     class_weights:torch.Tensor # float32 [c]: ζ
     labeled:torch.Tensor # bool [n]: the label was given
     reached:torch.Tensor # bool [n]: labeled, or reached by some label
-    Z:torch.Tensor=None # float32 [n, c]: scores the labels were read from; None if they were not kept
-    W:torch.Tensor=None # float32 [n, n] sparse CSR: the graph; None if there is none
+    Z:torch.Tensor=None # float32 or float64 [n, c]: scores the labels were read from; None if they were not kept
+    W:torch.Tensor=None # float32 or float64 [n, n] sparse CSR: the graph; None if there is none
     n_iter:int=0 # iterations of the solver
     residual:float=0. # largest relative residual over classes
     graph:dict=field(default_factory=dict) # `recall` of the neighbor search; empty without a graph
@@ -44,7 +44,9 @@ def accuracy(self:PseudoLabels,
     truth, # int [n] true classes; negative if unknown
 )->float: # in [0, 1]; an unreached item counts as wrong. NaN if the truth is known for no unlabeled item
     "Accuracy of the pseudo-labels of the unlabeled items"
-    truth = torch.as_tensor(truth, device=self.labels.device)
+    if not isinstance(truth, torch.Tensor): truth = torch.from_numpy(np.array(truth))
+    if truth.shape != self.labels.shape: raise ValueError(f"expected one true class per item, got shape {tuple(truth.shape)}.")
+    truth = truth.to(self.labels.device)
     asked = ~self.labeled & (truth >= 0)
     return (self.labels == truth)[asked].float().mean().item()
 
@@ -72,6 +74,7 @@ def _validated(p):
         labeled=([n], torch.bool), reached=([n], torch.bool), Z=([n, c], torch.float32), W=([n, n], torch.float32))
     for name, (shape, dtype) in expected.items():
         o = getattr(p, name)
+        if name in ('certainty', 'Z', 'W') and o is not None and o.dtype == torch.float64: dtype = torch.float64
         if o is not None and (list(o.shape), o.dtype) != (shape, dtype):
             raise ValueError(f"{name} must have shape {shape} and {dtype}, got shape {list(o.shape)} and {o.dtype}.")
     if n and not (p.labels.min() >= -1 and p.labels.max() < c): raise ValueError(f"labels must be −1 to {c-1}.")
@@ -104,7 +107,7 @@ def save(self:PseudoLabels,
     d = {k: v for k, v in vars(self).items() if k not in ('seconds', 'graph', 'W') and v is not None}
     for name in ('seconds', 'graph'): d.update({f'{name}_{k}': v for k, v in getattr(self, name).items()})
     if self.W is not None: d.update(W=self.W.values(), W_crow=self.W.crow_indices(), W_col=self.W.col_indices().int())
-    d = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in d.items()} | more
+    d = {k: v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in d.items()} | more
     with atomic_write(fname, checksum=True) as f: np.savez_compressed(f, **d)
     return fname
 
