@@ -26,7 +26,7 @@ from ..utils.progress import reporting
 from ..transductive.advice import advice, memory_advice
 from ..transductive.labelers import Diffusion
 from ..transductive.pseudo import PseudoLabels
-from ..transductive.settings import Constraint, check, check_labels, integer
+from ..transductive.settings import Constraint, check, check_labels, integer, number
 from .augment import strong_tfms
 from .data import HOW_TO_UNLABEL, targets_of
 from .epoch import EpochPlan
@@ -39,8 +39,9 @@ from .scoped import FitScoped
 from .streams import TwoStream, warn_of_unlabeled_validation
 
 # %% ../../nbs/learner/13_callback.ipynb #2a4ab06f
+_share = number('of at least 0', lambda o: o >= 0)
 _constraints = dict(warmup=integer(0), every=integer(1),
-    mixup=Constraint('None, True, or a number above 0', lambda o: o in (None, False) or o > 0))
+    mixup=Constraint('None, True, or a number above 0', lambda o: o is None or isinstance(o, bool) or _share.allows(o)))
 
 # %% ../../nbs/learner/13_callback.ipynb #5f8c4bed
 @delegates(Diffusion)
@@ -66,7 +67,7 @@ class LPCallback(FitScoped):
     ):
         if labeler is not None and settings:
             raise ValueError(f"a labeler has its own settings: pass {', '.join(settings)} to {type(labeler).__name__}, not to LPCallback")
-        check(_constraints, warmup=warmup, every=every, mixup=mixup)
+        warmup, every, mixup = check(_constraints, warmup=warmup, every=every, mixup=mixup).values()
         self.labeler, self.features = Diffusion(**settings) if labeler is None else labeler, features or Extractor()
         self.warmup, self.every, self.mixup, self.truth = warmup, every, mixup, truth
         self._for_images = unlabeled_tfms is True

@@ -14,7 +14,7 @@ import torch
 from .diffusion import diffuse
 from .graph import csr, normalize, row_indices
 from .propagate import seed_matrix
-from .settings import as_floats, check, check_labels, constraints, defaults, sizes
+from .settings import as_floats, as_tensor, check, check_labels, constraints, defaults, sizes
 
 # %% ../../nbs/transductive/11_curation.ipynb #6506c537
 def _columns(S, items, alpha, max_iter, tol, block=128):
@@ -50,7 +50,7 @@ def suggest(
     if not len(W) == len(labeled) == len(certainty):
         raise ValueError(f"W, labeled and certainty must be equally long, got {len(W)}, {len(labeled)} and {len(certainty)}.")
     check(dict(pool=sizes['pool']), pool=pool)
-    labeled, certainty = torch.as_tensor(labeled, dtype=torch.bool, device=W.device), as_floats(certainty).to(W.device)
+    labeled, certainty = as_tensor(labeled).to(W.device, torch.bool), as_floats(certainty).to(W.device)
     free = (~labeled).nonzero().flatten()
     most = min(pool, len(free))
     if not sizes['m'].allows(m) or m > most: raise ValueError(f"m must be an integer from 1 to {most} ({len(free)} unlabeled, pool={pool}), got {m}.")

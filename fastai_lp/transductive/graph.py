@@ -11,7 +11,7 @@ import warnings
 import torch
 from scipy import sparse
 
-from .settings import as_floats, check, constraints, defaults
+from .settings import as_floats, as_tensor, check, constraints, defaults
 
 # %% ../../nbs/transductive/03_graph.ipynb #c9cda4bf
 def csr(
@@ -71,7 +71,7 @@ def affinity(
 
     A neighbor that occurs twice in a row counts twice. Items may have no edges."""
     gamma = check(constraints, gamma=gamma)['gamma']
-    sims, idxs = as_floats(sims).detach(), torch.as_tensor(idxs).long()
+    sims, idxs = as_floats(sims).detach(), as_tensor(idxs).long()
     own = torch.arange(len(idxs), device=idxs.device)[:, None]
     edge = (idxs >= 0) & (idxs != own) & (sims > 0)
     a = torch.where(edge, sims, 0).pow_(gamma)

@@ -18,7 +18,7 @@ from .graph import csr
 from .propagate import build_graph, propagate
 from .pseudo import PseudoLabels
 from .scoring import from_scores
-from .settings import as_floats, as_rows, check, check_keep_Z, check_labels, constraints, defaults, one_of
+from .settings import as_floats, as_rows, as_tensor, check, check_keep_Z, check_labels, constraints, defaults, one_of
 
 # %% ../../nbs/transductive/10_labelers.ipynb #4a882f3a
 @dataclass(kw_only=True)
@@ -117,7 +117,7 @@ def replicator(
     An item does not move if its neighbors play none of its classes. A class with probability 0 never returns."""
     check(constraints, max_iter=max_iter, tol=tol)
     P = as_floats(P)
-    labeled = torch.as_tensor(labeled, dtype=torch.bool, device=P.device)
+    labeled = as_tensor(labeled).to(P.device, torch.bool)
     degree = spmm(W, P.new_ones(len(P), 1))[:, 0]
     # scaling a row does not change the dynamics, and rows that sum to 1 do not underflow
     W = csr(W.crow_indices(), W.col_indices(), W.values().to(P.dtype)/degree.repeat_interleave(W.crow_indices().diff()), len(P))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['is_unlabeled', 'check_types', 'as_column', 'known_labels', 'check_converted']
 
-# %% ../../nbs/transductive/12_labels.ipynb #3110b615
+# %% ../../nbs/transductive/12_labels.ipynb #093ec183
 import warnings
 
 import numpy as np
 import pandas as pd
 import torch
 
-# %% ../../nbs/transductive/12_labels.ipynb #e5843271
+# %% ../../nbs/transductive/12_labels.ipynb #5e63b52f
 def is_unlabeled(
     o, # a label as it appears in the data
 )->bool:
@@ -20,7 +20,7 @@ def is_unlabeled(
     if o is None or isinstance(o, str) and o == '': return True
     return (np.isscalar(o) or o is pd.NA or o is pd.NaT) and bool(pd.isna(o))
 
-# %% ../../nbs/transductive/12_labels.ipynb #1454ab11
+# %% ../../nbs/transductive/12_labels.ipynb #9e07f255
 def _kind(o):
     if isinstance(o, str): return 'text'
     return 'numbers' if isinstance(o, (bool, int, float, np.number, np.bool_)) else type(o).__name__
@@ -35,7 +35,7 @@ def check_types(
     found = ', '.join(f'{k} such as {o!r}' for k, o in kinds.items())
     raise ValueError(f"the labels are of mixed types ({found}): convert them to one type, for example with str")
 
-# %% ../../nbs/transductive/12_labels.ipynb #9649b1ab
+# %% ../../nbs/transductive/12_labels.ipynb #efadaffc
 def as_column(
     y, # labels: list, array, tensor, or pandas object
 ): # array or pandas object
@@ -48,7 +48,7 @@ def as_column(
     res[:] = list(y)
     return res
 
-# %% ../../nbs/transductive/12_labels.ipynb #ef7ac9e0
+# %% ../../nbs/transductive/12_labels.ipynb #1c48eb62
 def _marked(labels):
     "Which labels are −1 or an empty string"
     def marks(o): return o == '' if isinstance(o, str) else _kind(o) == 'numbers' and o == -1
@@ -78,8 +78,15 @@ def known_labels(
     raise ValueError(f"Unknown label type: expected text, numbers or dates of NumPy, got {type(labels[0]).__name__} such as "
         f"{labels[0]!r}: convert the labels, for example with str.")
 
-# %% ../../nbs/transductive/12_labels.ipynb #f3a5d2ff
+# %% ../../nbs/transductive/12_labels.ipynb #76f8d002
 _AS_TEXT = '-1', '-1.0', 'nan', '<NA>', 'NaT', 'None'  # missing labels after str()
+
+
+def _cut(classes):
+    "Missing labels cut to the length of the array's texts, such as '-', unless it is one of two signs or answers"
+    length = classes.dtype.itemsize//4
+    if '+' in classes or 'y' in classes: return []
+    return [o[:length] for o in ('-1', 'nan') if length < len(o) and o[:length] in classes]
 
 
 def check_converted(
@@ -93,6 +100,7 @@ def check_converted(
             raise ValueError(f"y is an array of text with {found[0]!r}, as NumPy writes a missing label: pass a list or an array with "
                 "dtype=object, with −1, None or NaN for a missing label. A text in those is a class, also if it is "
                 f"{found[0]!r}.")
+        if text: found += _cut(classes)
         if found: warnings.warn(f"the text {found[0]!r} in y is taken as a class: pass None instead if it is a missing label.")
     if classes.dtype.kind == 'u' and (top := np.iinfo(classes.dtype).max) in classes and top-1 not in classes:
         warnings.warn(f"{top} in y is taken as a class: it is also what −1 becomes as {classes.dtype}. Convert the labels to "

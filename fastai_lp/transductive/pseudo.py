@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from .graph import csr
+from .settings import as_tensor
 from ..utils.files import atomic_write, read_npz
 
 # %% ../../nbs/transductive/06_pseudo.ipynb #e76248ff
@@ -44,7 +45,7 @@ def accuracy(self:PseudoLabels,
     truth, # int [n] true classes; negative if unknown
 )->float: # in [0, 1]; an unreached item counts as wrong. NaN if the truth is known for no unlabeled item
     "Accuracy of the pseudo-labels of the unlabeled items"
-    if not isinstance(truth, torch.Tensor): truth = torch.from_numpy(np.array(truth))
+    truth = as_tensor(truth)
     if truth.shape != self.labels.shape: raise ValueError(f"expected one true class per item, got shape {tuple(truth.shape)}.")
     truth = truth.to(self.labels.device)
     asked = ~self.labeled & (truth >= 0)

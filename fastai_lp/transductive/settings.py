@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['defaults', 'boolean', 'constraints', 'sizes', 'Constraint', 'number', 'integer', 'one_of', 'optional', 'check',
-           'check_keep_Z', 'as_codes', 'check_labels', 'rows_not_finite', 'as_rows', 'as_floats']
+           'check_keep_Z', 'as_tensor', 'as_codes', 'check_labels', 'rows_not_finite', 'as_rows', 'as_floats']
 
 # %% ../../nbs/transductive/01_settings.ipynb #e3158ed1
 import math
@@ -128,15 +128,24 @@ def check_keep_Z(
         raise ValueError(f"keep_Z must be True with temperature={temperature} and balance={balance!r}, got {keep_Z}.")
 
 # %% ../../nbs/transductive/01_settings.ipynb #84a86ec2
+def as_tensor(
+    x, # tensor, or what NumPy takes as numbers or booleans
+)->torch.Tensor: # `x` itself, or a tensor of its numbers; a copy only if the memory layout or byte order requires it
+    "A plain tensor, from any memory layout"
+    if isinstance(x, torch.Tensor): return x.as_subclass(torch.Tensor)
+    x = np.asarray(x)
+    return torch.from_numpy(np.require(x, x.dtype.newbyteorder('='), ['C', 'W']))
+
+
 def as_codes(
     y, # integers, [n] tensor, array or list; negative if unlabeled
 )->torch.Tensor: # int64 [n], on the device of `y`
     "Labels as an int64 tensor"
     if not isinstance(y, torch.Tensor):
         y = np.asarray(y)
-        if y.dtype.kind in 'iu': y = torch.from_numpy(np.require(y, np.int64, ['C', 'W']))
+        if y.dtype.kind in 'iu': y = as_tensor(y)
     if y.ndim != 1 or not isinstance(y, torch.Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        hint = '' if isinstance(y, torch.Tensor) else ": mark a missing label by −1, for a pandas column with y.fillna(-1).astype(int)"
+        hint = '' if isinstance(y, torch.Tensor) else ": pandas.factorize(y)[0] makes them so, with −1 for a missing label"
         raise ValueError(f"labels must be one integer per item, got shape {tuple(y.shape)} and {y.dtype}{hint}.")
     return y.as_subclass(torch.Tensor).long()
 
@@ -191,7 +200,7 @@ def as_rows(
             "check these items, or lower the learning rate if the training has diverged.")
     return x
 
-# %% ../../nbs/transductive/01_settings.ipynb #b565af2a
+# %% ../../nbs/transductive/01_settings.ipynb #6e6f6ee1
 def as_floats(
     x, # real numbers, tensor, array or list of any shape
 )->torch.Tensor: # a tensor of floats keeps its dtype, float32 and float64 arrays too; other numbers become float32
@@ -199,7 +208,7 @@ def as_floats(
     if not isinstance(x, torch.Tensor):
         x = np.asarray(x)
         if x.dtype.kind not in 'fiu': raise ValueError(f"expected real numbers, got {x.dtype}.")
-        x = torch.from_numpy(np.require(x, np.float64 if x.dtype.kind == 'f' and x.itemsize > 4 else np.float32, ['C', 'W']))
+        x = x.astype(np.float64 if x.dtype.kind == 'f' and x.itemsize > 4 else np.float32, copy=False)
+    x = as_tensor(x)
     if x.is_complex() or x.dtype == torch.bool: raise ValueError(f"expected real numbers, got {x.dtype}.")
-    x = x.as_subclass(torch.Tensor)
     return x if x.is_floating_point() else x.float()
