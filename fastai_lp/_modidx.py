@@ -948,6 +948,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fastai_lp/transductive/curation.py'),
                                                  'fastai_lp.transductive.curation._columns': ( 'transductive/curation.html#_columns',
                                                                                                'fastai_lp/transductive/curation.py'),
+                                                 'fastai_lp.transductive.curation._unlabeled_part': ( 'transductive/curation.html#_unlabeled_part',
+                                                                                                      'fastai_lp/transductive/curation.py'),
                                                  'fastai_lp.transductive.curation.label_issues': ( 'transductive/curation.html#label_issues',
                                                                                                    'fastai_lp/transductive/curation.py'),
                                                  'fastai_lp.transductive.curation.suggest': ( 'transductive/curation.html#suggest',

@@ -82,7 +82,8 @@ def test_prior():
     assert class_prior(torch.tensor([3., 1]), y, 2).tolist() == [.75, .25]
 
 
-@pytest.mark.parametrize('bad', ['flat', {1: 2, 2: 3}, ['a', 'b'], [[1, 2]], [1, 2, 3], [1, 0], [1, -1], [1, math.nan], [1, math.inf], None])
+@pytest.mark.parametrize('bad', ['flat', {1: 2, 2: 3}, ['a', 'b'], [[1, 2]],
+    [1, 2, 3], [1, 0], [1, -1], [1, math.nan], [1, math.inf], None])
 def test_invalid_prior(bad):
     with pytest.raises(ValueError, match='prior must'): class_prior(bad, torch.tensor([0, 1]), 2)
 

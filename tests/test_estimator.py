@@ -156,8 +156,9 @@ def test_numbers_with_missing_labels(expected, dtype):
         np.testing.assert_array_equal(model.transduction_, expected)
 
 
-@pytest.mark.parametrize('y', [np.array(hidden(three.tolist(), np.nan)), np.ma.masked_array(three, ~shown), hidden(three.tolist(), pd.NA),
-    torch.tensor(np.where(shown, three, -1)), hidden([np.uint8(o) for o in three], None)], ids=['NaN', 'masked', 'NA', 'tensor', 'uint8'])
+@pytest.mark.parametrize('y', [np.array(hidden(three.tolist(), np.nan)), np.ma.masked_array(three, ~shown),
+    hidden(three.tolist(), pd.NA), torch.tensor(np.where(shown, three, -1)), hidden([np.uint8(o) for o in three], None)],
+    ids=['NaN', 'masked', 'NA', 'tensor', 'uint8'])
 def test_numbers_with_missing_labels_in_arrays(expected, y): np.testing.assert_array_equal(fit_quietly(y).transduction_, expected)
 
 
@@ -179,7 +180,8 @@ def test_unsigned_labels(dtype):
     model = fit_quietly(three.astype(dtype))
     assert model.classes_.dtype == model.transduction_.dtype == dtype
     assert model.predict(np.r_[rows[:1], 0*rows[:1]]).tolist() == [three[0], -1]
-    with pytest.warns(UserWarning, match='also what −1 becomes as uint'): LabelDiffusion().fit(rows, np.where(shown, three, -1).astype(dtype))
+    cast = np.where(shown, three, -1).astype(dtype)
+    with pytest.warns(UserWarning, match='also what −1 becomes as uint'): LabelDiffusion().fit(rows, cast)
 
 
 def test_dates():
@@ -191,8 +193,8 @@ def test_dates():
     with pytest.raises(ValueError, match='got Timestamp such as'): LabelDiffusion().fit(rows, pd.Series(days).dt.tz_localize('UTC'))
 
 
-@pytest.mark.parametrize('params', [dict(k=np.int64(5)), dict(k=np.uint8(5)), dict(k=5, max_iter=np.int32(20)), dict(k=5, gamma=np.float32(3)),
-    dict(k=5, gamma=np.int64(3)), dict(k=5, tol=np.float64(1e-6)), dict(k=5, alpha=np.float64(.99))])
+@pytest.mark.parametrize('params', [dict(k=np.int64(5)), dict(k=np.uint8(5)), dict(k=5, max_iter=np.int32(20)),
+    dict(k=5, gamma=np.float32(3)), dict(k=5, gamma=np.int64(3)), dict(k=5, tol=np.float64(1e-6)), dict(k=5, alpha=np.float64(.99))])
 def test_numpy_settings(params):
     y = np.where(shown, three, -1)
     model, plain = fit_quietly(y, **params), fit_quietly(y, k=5)

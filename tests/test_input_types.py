@@ -45,17 +45,32 @@ def big_endian(o): return o.numpy().astype(o.numpy().dtype.newbyteorder('>'))
 
 
 LAYOUTS = dict(array=torch.Tensor.numpy, flipped=flipped, big_endian=big_endian, columns=lambda o: o.T.contiguous().T if o.ndim == 2 else o)
-of_floats = dict(unit_rows=lambda c: unit_rows(c(x)), knn=lambda c: knn(c(x), 5)[0], build_graph=lambda c: build_graph(c(x), 5)[0].values(),
-    knn_recall=lambda c: torch.tensor(knn_recall(c(x), c(sims))), affinity=lambda c: affinity(c(sims), idxs).values(),
-    diffuse=lambda c: diffuse(S, c(Y)).Z, sharpened=lambda c: sharpened(c(Z)), certainty=lambda c: certainty(c(Z)),
-    from_scores=lambda c: from_scores(c(Z), y).certainty, network=lambda c: NetworkPrediction()(x, c(logits), y).Z,
+of_floats = dict(  # chkstyle: ignore-node (one function per line)
+    unit_rows=lambda c: unit_rows(c(x)),
+    knn=lambda c: knn(c(x), 5)[0],
+    build_graph=lambda c: build_graph(c(x), 5)[0].values(),
+    knn_recall=lambda c: torch.tensor(knn_recall(c(x), c(sims))),
+    affinity=lambda c: affinity(c(sims), idxs).values(),
+    diffuse=lambda c: diffuse(S, c(Y)).Z,
+    sharpened=lambda c: sharpened(c(Z)),
+    certainty=lambda c: certainty(c(Z)),
+    from_scores=lambda c: from_scores(c(Z), y).certainty,
     balancing=lambda c: from_scores(c(Z), y, balance='sinkhorn', prior=c(torch.tensor([.5, .25, .25]))).labels,
-    game=lambda c: GTG(k=5, start='network')(c(x), c(logits), y).Z, replicator=lambda c: replicator(W, c(start), labeled, 9, 1e-3).P,
+    network=lambda c: NetworkPrediction()(x, c(logits), y).Z,
+    game=lambda c: GTG(k=5, start='network')(c(x), c(logits), y).Z,
+    replicator=lambda c: replicator(W, c(start), labeled, 9, 1e-3).P,
     suggest=lambda c: suggest(W, labeled, c(base.certainty), 5).items)
-of_labels = dict(seed_matrix=lambda c: seed_matrix(c(y), 3), class_prior=lambda c: class_prior('labels', c(y), 3), check=lambda c: check_labels(c(y))[0],
-    class_weights=lambda c: class_weights(c(base.labels), 3), spread=lambda c: spread(W, c(y)).Z, from_scores=lambda c: from_scores(Z, c(y)).certainty,
-    label_issues=lambda c: label_issues(W, c(y)).items, suggest=lambda c: suggest(W, c(labeled), base.certainty, 5).items,
-    replicator=lambda c: replicator(W, start, c(labeled), 9, 1e-3).P, accuracy=lambda c: torch.tensor(base.accuracy(c(data.truth))),
+of_labels = dict(  # chkstyle: ignore-node (one function per line)
+    seed_matrix=lambda c: seed_matrix(c(y), 3),
+    class_prior=lambda c: class_prior('labels', c(y), 3),
+    check_labels=lambda c: check_labels(c(y))[0],
+    class_weights=lambda c: class_weights(c(base.labels), 3),
+    spread=lambda c: spread(W, c(y)).Z,
+    from_scores=lambda c: from_scores(Z, c(y)).certainty,
+    label_issues=lambda c: label_issues(W, c(y)).items,
+    suggest=lambda c: suggest(W, c(labeled), base.certainty, 5).items,
+    replicator=lambda c: replicator(W, start, c(labeled), 9, 1e-3).P,
+    accuracy=lambda c: torch.tensor(base.accuracy(c(data.truth))),
     affinity=lambda c: affinity(sims, c(idxs)).values())
 
 
@@ -82,9 +97,9 @@ def test_float64(function):
 
 
 def test_graph_of_float64():
-    for f in (lambda W: spread(W, y).Z, lambda W: spread(W, y, keep_Z=False).certainty, lambda W: label_issues(W, y).doubt,
-              lambda W: replicator(W, start, labeled, 9, 1e-3).P, lambda W: spmm(W, Y), lambda W: diffuse(normalize(W)[0], Y).Z):
-        torch.testing.assert_close(f(wide(W)).float(), f(W), rtol=1e-3, atol=1e-4)
+    of_W = [lambda W: spread(W, y).Z, lambda W: spread(W, y, keep_Z=False).certainty, lambda W: label_issues(W, y).doubt,
+        lambda W: replicator(W, start, labeled, 9, 1e-3).P, lambda W: spmm(W, Y), lambda W: diffuse(normalize(W)[0], Y).Z]
+    for f in of_W: torch.testing.assert_close(f(wide(W)).float(), f(W), rtol=1e-3, atol=1e-4)
     assert diffuse(S, Y.double()).Z.dtype == torch.float64
     assert diffuse(normalize(wide(W))[0], Y).Z.dtype == torch.float32
 
@@ -121,7 +136,8 @@ def test_numpy_settings(labeler, settings):
 def test_numpy_booleans_and_sizes():
     assert Diffusion(omega=np.bool_(False)).omega is False
     assert torch.equal(propagate(x, y, np.int64(3), k=np.int64(5), max_iter=np.int8(20)).Z, Z)
-    assert torch.equal(suggest(W, labeled, base.certainty, np.int64(5), pool=np.int64(50)).items, suggest(W, labeled, base.certainty, 5, pool=50).items)
+    items = [suggest(W, labeled, base.certainty, m, pool=pool).items for m, pool in ((5, 50), (np.int64(5), np.int64(50)))]
+    assert torch.equal(*items)
     assert type(LPCallback(warmup=np.int64(2)).warmup) is int
 
 

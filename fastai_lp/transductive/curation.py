@@ -17,6 +17,13 @@ from .propagate import seed_matrix
 from .settings import as_floats, as_tensor, check, check_labels, constraints, defaults, sizes
 
 # %% ../../nbs/transductive/11_curation.ipynb #6506c537
+def _unlabeled_part(W, labeled):
+    "The normalized affinity without the edges of labeled items"
+    S, _ = normalize(W)
+    removed = labeled[row_indices(S)] | labeled[S.col_indices()]
+    return csr(S.crow_indices(), S.col_indices(), torch.where(removed, 0, S.values()), len(S))
+
+
 def _columns(S, items, alpha, max_iter, tol, block=128):
     "The columns `items` of the Green's function of S, [n, len(items)]"
     res = S.values().new_empty(len(S), len(items))
@@ -49,17 +56,14 @@ def suggest(
     "Choose the unlabeled items whose labels reduce the uncertainty of the others most, by greedy V-optimality"
     if not len(W) == len(labeled) == len(certainty):
         raise ValueError(f"W, labeled and certainty must be equally long, got {len(W)}, {len(labeled)} and {len(certainty)}.")
-    check(dict(pool=sizes['pool']), pool=pool)
     labeled, certainty = as_tensor(labeled).to(W.device, torch.bool), as_floats(certainty).to(W.device)
     free = (~labeled).nonzero().flatten()
-    most = min(pool, len(free))
-    if not sizes['m'].allows(m) or m > most: raise ValueError(f"m must be an integer from 1 to {most} ({len(free)} unlabeled, pool={pool}), got {m}.")
+    most = min(check(sizes, pool=pool)['pool'], len(free))
+    if not sizes['m'].allows(m) or m > most:
+        raise ValueError(f"m must be an integer from 1 to {most} ({len(free)} unlabeled, pool={pool}), got {m}.")
     drawn = torch.from_numpy(np.random.default_rng(seed).permutation(len(free))[:pool])
     items = free[drawn.sort().values.to(free.device)]
-    S, _ = normalize(W)
-    removed = labeled[row_indices(S)] | labeled[S.col_indices()]
-    S = csr(S.crow_indices(), S.col_indices(), torch.where(removed, 0, S.values()), len(S))
-    G = _columns(S, items, alpha, max_iter, tol)
+    G = _columns(_unlabeled_part(W, labeled), items, alpha, max_iter, tol)
     weight, chosen, gain = torch.where(labeled, 0, 1-certainty).to(G), [], []
     for _ in range(m):
         variance = G[items, torch.arange(len(items), device=G.device)]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['is_unlabeled', 'check_types', 'as_column', 'known_labels', 'check_converted']
 
-# %% ../../nbs/transductive/12_labels.ipynb #093ec183
+# %% ../../nbs/transductive/12_labels.ipynb #4204f177
 import warnings
 
 import numpy as np
 import pandas as pd
 import torch
 
-# %% ../../nbs/transductive/12_labels.ipynb #5e63b52f
+# %% ../../nbs/transductive/12_labels.ipynb #6352b0d2
 def is_unlabeled(
     o, # a label as it appears in the data
 )->bool:
@@ -20,7 +20,7 @@ def is_unlabeled(
     if o is None or isinstance(o, str) and o == '': return True
     return (np.isscalar(o) or o is pd.NA or o is pd.NaT) and bool(pd.isna(o))
 
-# %% ../../nbs/transductive/12_labels.ipynb #9e07f255
+# %% ../../nbs/transductive/12_labels.ipynb #d9dfdb34
 def _kind(o):
     if isinstance(o, str): return 'text'
     return 'numbers' if isinstance(o, (bool, int, float, np.number, np.bool_)) else type(o).__name__
@@ -35,7 +35,7 @@ def check_types(
     found = ', '.join(f'{k} such as {o!r}' for k, o in kinds.items())
     raise ValueError(f"the labels are of mixed types ({found}): convert them to one type, for example with str")
 
-# %% ../../nbs/transductive/12_labels.ipynb #efadaffc
+# %% ../../nbs/transductive/12_labels.ipynb #7a1f64b6
 def as_column(
     y, # labels: list, array, tensor, or pandas object
 ): # array or pandas object
@@ -48,7 +48,7 @@ def as_column(
     res[:] = list(y)
     return res
 
-# %% ../../nbs/transductive/12_labels.ipynb #1c48eb62
+# %% ../../nbs/transductive/12_labels.ipynb #a5523880
 def _marked(labels):
     "Which labels are −1 or an empty string"
     def marks(o): return o == '' if isinstance(o, str) else _kind(o) == 'numbers' and o == -1
@@ -78,7 +78,7 @@ def known_labels(
     raise ValueError(f"Unknown label type: expected text, numbers or dates of NumPy, got {type(labels[0]).__name__} such as "
         f"{labels[0]!r}: convert the labels, for example with str.")
 
-# %% ../../nbs/transductive/12_labels.ipynb #76f8d002
+# %% ../../nbs/transductive/12_labels.ipynb #4e75a0ab
 _AS_TEXT = '-1', '-1.0', 'nan', '<NA>', 'NaT', 'None'  # missing labels after str()
 
 

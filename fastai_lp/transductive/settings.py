@@ -127,12 +127,12 @@ def check_keep_Z(
     if not keep_Z and (balance or temperature != defaults.temperature):
         raise ValueError(f"keep_Z must be True with temperature={temperature} and balance={balance!r}, got {keep_Z}.")
 
-# %% ../../nbs/transductive/01_settings.ipynb #84a86ec2
+# %% ../../nbs/transductive/01_settings.ipynb #958573f1
 def as_tensor(
     x, # tensor, or what NumPy takes as numbers or booleans
 )->torch.Tensor: # `x` itself, or a tensor of its numbers; a copy only if the memory layout or byte order requires it
     "A plain tensor, from any memory layout"
-    if isinstance(x, torch.Tensor): return x.as_subclass(torch.Tensor)
+    if isinstance(x, torch.Tensor): return x if type(x) is torch.Tensor else x.as_subclass(torch.Tensor)
     x = np.asarray(x)
     return torch.from_numpy(np.require(x, x.dtype.newbyteorder('='), ['C', 'W']))
 
@@ -149,7 +149,7 @@ def as_codes(
         raise ValueError(f"labels must be one integer per item, got shape {tuple(y.shape)} and {y.dtype}{hint}.")
     return y.as_subclass(torch.Tensor).long()
 
-
+# %% ../../nbs/transductive/01_settings.ipynb #84a86ec2
 def check_labels(
     y, # int [n] tensor or array, negative if unlabeled
     n_classes:int=None, # c; None: largest label plus one
@@ -200,7 +200,7 @@ def as_rows(
             "check these items, or lower the learning rate if the training has diverged.")
     return x
 
-# %% ../../nbs/transductive/01_settings.ipynb #6e6f6ee1
+# %% ../../nbs/transductive/01_settings.ipynb #9152300f
 def as_floats(
     x, # real numbers, tensor, array or list of any shape
 )->torch.Tensor: # a tensor of floats keeps its dtype, float32 and float64 arrays too; other numbers become float32
