@@ -1,4 +1,5 @@
 "LabelDiffusion equals `propagate`; new rows, input types, errors. The page `estimator` runs scikit-learn's checks."
+import copy
 import pickle
 import warnings
 
@@ -9,6 +10,7 @@ import scipy.sparse as sp
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.model_selection import cross_val_score
 
 from fastai_lp.estimator import LabelDiffusion
 from fastai_lp.learner.splitting import hide_labels
@@ -253,3 +255,60 @@ def test_invalid_arguments(params, y, match):
 def test_invalid_affinity_shape():
     with pytest.raises(ValueError, match=r'must have shape \[n, n\], got \(9, 8\)'):
         LabelDiffusion(affinity='precomputed').fit(np.ones((9, 8)), np.arange(9) % 2)
+
+
+def test_deepcopy_of_a_fitted_model(fitted):
+    model, _ = fitted
+    again = copy.deepcopy(model)
+    np.testing.assert_array_equal(again.predict(pixels[:99]), model.predict(pixels[:99]))
+    np.testing.assert_array_equal(again.suggest(5), model.suggest(5))
+    assert again.label_issues().equals(model.label_issues())
+
+
+@pytest.mark.parametrize('missing', [-1, None, np.nan], ids=repr)
+def test_score_leaves_out_rows_without_label(missing):
+    y = hide_labels(truth[:600], n=5)[0]
+    model = LabelDiffusion().fit(pixels[:600], y)
+    asked = np.arange(600) % 2 == 0
+    labels, weight = np.where(asked, truth[:600], missing), np.arange(600.)
+    assert model.score(pixels[:600], labels) == model.score(pixels[:600][asked], truth[:600][asked])
+    assert model.score(pixels[:600], labels, weight) == model.score(pixels[:600][asked], truth[:600][asked], weight[asked])
+    one = np.where(np.arange(600) < 3, truth[0], -1)
+    assert model.score(pixels[:600], one) == (model.predict(pixels[:3]) == truth[0]).mean()
+    assert cross_val_score(LabelDiffusion(), pixels[:600], y).min() > .7
+    with pytest.raises(ValueError, match='no row is labeled'): model.score(pixels[:600], np.full(600, -1))
+
+
+def test_score_of_a_class_minus_one():
+    y = np.where(truth[:600] < 5, -1, 1)
+    with pytest.warns(UserWarning, match='both are taken'): model = LabelDiffusion().fit(pixels[:600], y)
+    assert model.score(pixels[:600], y) == (model.predict(pixels[:600]) == y).mean()
+
+
+@pytest.mark.parametrize('convert', [np.asarray, sp.csr_array])
+@pytest.mark.parametrize('scale', [1e200, 1e-200, 2.**-500])
+def test_rows_of_extreme_length(fitted, convert, scale):
+    model, y = fitted
+    other = LabelDiffusion().fit(convert(pixels*scale), y)
+    assert (other.transduction_ == model.transduction_).mean() > .99
+    assert (model.predict(convert(pixels[:200]*scale)) == model.predict(convert(pixels[:200]))).all()
+
+
+@pytest.mark.parametrize('scale', [1e300, 1e-200])
+def test_precomputed_affinity_of_extreme_scale(fitted, scale):
+    model, y = fitted
+    other = LabelDiffusion(affinity='precomputed').fit(model.affinity_.astype(float)*scale, y)
+    np.testing.assert_allclose(other.label_distributions_, model.label_distributions_, atol=1e-4)
+
+
+@pytest.mark.parametrize('X', [torch.tensor(pixels, requires_grad=True), torch.tensor(pixels).bfloat16(), torch.tensor(pixels).half()],
+    ids=['gradient', 'bfloat16', 'half'])
+def test_tensors_from_a_network(fitted, X):
+    model, y = fitted
+    np.testing.assert_array_equal(LabelDiffusion().fit(X, y).predict(X), model.predict(pixels))
+
+
+@pytest.mark.parametrize('params', [dict(k=0), dict(k=5.), dict(gamma='3')])
+def test_settings_changed_after_fit(params):
+    model = LabelDiffusion().fit(pixels[:50], truth[:50]).set_params(**params)
+    with pytest.raises(ValueError, match='must be'): model.predict(pixels[:5])

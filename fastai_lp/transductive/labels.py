@@ -49,12 +49,12 @@ def as_column(
     return res
 
 # %% ../../nbs/transductive/12_labels.ipynb #a5523880
-def _marked(labels):
-    "Which labels are −1 or an empty string"
-    def marks(o): return o == '' if isinstance(o, str) else _kind(o) == 'numbers' and o == -1
+def _marked(labels, minus_one):
+    "Which labels are an empty string, or −1 unless `minus_one` is a class"
+    def marks(o): return o == '' if isinstance(o, str) else not minus_one and _kind(o) == 'numbers' and o == -1
     if labels.dtype.kind in 'OU': return np.array([marks(o) for o in labels.tolist()], dtype=bool)
-    res = labels == -1 if labels.dtype.kind in 'if' else np.zeros(len(labels), dtype=bool)
-    if res.any() and not res.all() and len(np.unique(labels)) == 2:
+    res = labels == -1 if labels.dtype.kind in 'if' and not minus_one else np.zeros(len(labels), dtype=bool)
+    if minus_one is None and res.any() and not res.all() and len(np.unique(labels)) == 2:
         warnings.warn("y contains −1 and one other class: both are taken as classes.")
         res[:] = False
     return res
@@ -62,6 +62,7 @@ def _marked(labels):
 
 def known_labels(
     y, # [n] array or pandas object, from `as_column`
+    minus_one:bool=None, # whether −1 is a class; None: if there is just one other number
 )->tuple[np.ndarray, np.ndarray]: # (labels [m] that are not missing, known: bool [n])
     "The labels that are not missing, in an array of one type, and where they are"
     if y.dtype.kind == 'T': y = y.astype(object)  # NumPy's StringDType
@@ -69,7 +70,7 @@ def known_labels(
     if isinstance(y, np.ma.MaskedArray): y = np.ma.getdata(y)
     known = ~(np.asarray(pd.isna(y)) | masked)
     labels = np.asarray(y[known])
-    filled = ~_marked(labels)
+    filled = ~_marked(labels, minus_one)
     known[known], labels = filled, labels[filled]
     if labels.dtype.kind != 'O': return labels, known
     check_types(labels)
