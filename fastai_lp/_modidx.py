@@ -1017,6 +1017,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastai_lp/transductive/labels.py'),
                                                'fastai_lp.transductive.labels._marked': ( 'transductive/labels.html#_marked',
                                                                                           'fastai_lp/transductive/labels.py'),
+                                               'fastai_lp.transductive.labels._numbers': ( 'transductive/labels.html#_numbers',
+                                                                                           'fastai_lp/transductive/labels.py'),
                                                'fastai_lp.transductive.labels.as_column': ( 'transductive/labels.html#as_column',
                                                                                             'fastai_lp/transductive/labels.py'),
                                                'fastai_lp.transductive.labels.check_converted': ( 'transductive/labels.html#check_converted',

@@ -141,6 +141,12 @@ def test_class_named_like_a_missing_label(expected, name):
         np.testing.assert_array_equal(model.transduction_, np.array(['a', 'b', name])[expected])
 
 
+@pytest.mark.parametrize('y', [[0, 1, 2, -1, None], np.array([0, 1, 2, -1, np.nan]), pd.Series([0, 1, 2, -1, None], dtype='Int64')])
+def test_two_marks_of_missing_numbers(y):
+    with pytest.warns(UserWarning, match='both −1 and other missing labels'): model = LabelDiffusion(k=2).fit(np.eye(5) + .1, y)
+    assert model.classes_.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize('y', [['a', 1, None], ['a', True, -1], np.array([1, 'b', ''], dtype=object)])
 def test_text_mixed_with_numbers(y):
     with pytest.raises(ValueError, match='the labels are of mixed types'): LabelDiffusion(k=1).fit(np.eye(3), y)

@@ -26,6 +26,7 @@ from torch import nn
 
 from conftest import Break, Look, blob_learner, blob_model, blobs, flat_weights, quiet, state_of
 from fastai_lp.experiments.results import read_lines
+from fastai_lp.estimator import LabelDiffusion
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize
@@ -114,6 +115,23 @@ def test_the_model_has_another_number_of_classes(shows, data):
 def test_labels_of_mixed_types(shows, labels):
     with shows.error(LABELS, f'labels {labels}', 'the labels are of mixed types'):
         Datasets(range(len(labels)), [[], [Look(labels), SemiCategorize()]])
+
+
+def test_labels_that_numpy_converted_to_text(shows):
+    y = np.array(['ant', 'bee', -1])
+    with shows.error(LABELS, "`LabelDiffusion().fit(X, np.array(['ant', 'bee', -1]))`", "array of text with '-1'"):
+        LabelDiffusion().fit(np.eye(3), y)
+    assert LabelDiffusion(k=1).fit(np.eye(3)+1, ['ant', 'bee', -1]).classes_.tolist() == ['ant', 'bee']
+
+
+def test_labels_with_missing_values_in_arrays(shows):
+    with shows.error(LABELS, 'labels have missing values, arrays', 'pandas.factorize'): propagate(torch.eye(3), [0, 1, None])
+    assert propagate(torch.eye(3), pd.factorize(np.array(['ant', 'bee', None]))[0]).labels.tolist()[:2] == [0, 1]
+
+
+def test_settings_that_are_not_integers(shows):
+    with shows.error(FEATURES, '`LPCallback(k=10.)`', 'got 10.0'): LPCallback(k=10.)
+    assert LPCallback(k=np.int64(10)).labeler.k == 10
 
 
 @pytest.mark.parametrize('labels, n', [([1, np.int64(2), None, 3., float('nan')], 3), (['a', np.str_('b'), None, ''], 2)])

@@ -49,6 +49,9 @@ def as_column(
     return res
 
 # %% ../../nbs/transductive/12_labels.ipynb #a5523880
+def _numbers(labels): return labels.dtype.kind in 'iuf' or labels.dtype.kind == 'O' and len(labels) and _kind(labels[0]) == 'numbers'
+
+
 def _marked(labels, minus_one):
     "Which labels are an empty string, or −1 unless `minus_one` is a class"
     def marks(o): return o == '' if isinstance(o, str) else not minus_one and _kind(o) == 'numbers' and o == -1
@@ -71,6 +74,8 @@ def known_labels(
     known = ~(np.asarray(pd.isna(y)) | masked)
     labels = np.asarray(y[known])
     filled = ~_marked(labels, minus_one)
+    if minus_one is None and not known.all() and any(not isinstance(o, str) for o in labels[~filled]) and _numbers(labels[filled]):
+        warnings.warn("y has both −1 and other missing labels, and all are taken as missing: if −1 is a class, convert the classes to str.")
     known[known], labels = filled, labels[filled]
     if labels.dtype.kind != 'O': return labels, known
     check_types(labels)

@@ -73,9 +73,10 @@ def _validated(p):
     n, c = len(p.labels), len(p.class_weights)
     expected = dict(labels=([n], torch.int64), certainty=([n], torch.float32), class_weights=([c], torch.float32),
         labeled=([n], torch.bool), reached=([n], torch.bool), Z=([n, c], torch.float32), W=([n, n], torch.float32))
+    wide = {'Z', 'W', 'certainty' if p.Z is not None and p.Z.dtype == torch.float64 else None}
     for name, (shape, dtype) in expected.items():
         o = getattr(p, name)
-        if name in ('certainty', 'Z', 'W') and o is not None and o.dtype == torch.float64: dtype = torch.float64
+        if name in wide and o is not None and o.dtype == torch.float64: dtype = torch.float64
         if o is not None and (list(o.shape), o.dtype) != (shape, dtype):
             raise ValueError(f"{name} must have shape {shape} and {dtype}, got shape {list(o.shape)} and {o.dtype}.")
     if n and not (p.labels.min() >= -1 and p.labels.max() < c): raise ValueError(f"labels must be −1 to {c-1}.")
