@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 import faiss  # after torch
 
 from .transductive.labels import as_column, check_converted, known_labels
-from .transductive.settings import Constraint, as_floats, as_rows, check, constraints, defaults, one_of
+from .transductive.settings import Constraint, as_rows, check, constraints, defaults, one_of
 from .transductive.neighbors import default_k, knn
 from .transductive.graph import affinity, csr
 from .transductive.propagate import spread
@@ -85,7 +85,7 @@ def affinity_from_scipy(
     crow, col = (torch.from_numpy(o.astype(np.int64)) for o in (W.indptr, W.indices))
     return csr(crow, col, torch.from_numpy(W.data.copy()), W.shape[0])
 
-# %% ../nbs/03_estimator.ipynb #ac14a275
+# %% ../nbs/03_estimator.ipynb #36e3ea9a
 def _within_range(X):
     "Rows, dense or sparse, divided by their largest number if it is extreme"
     top, bottom = (o.toarray() if sp.issparse(o) else o for o in (X.max(axis=1), X.min(axis=1)))
@@ -127,7 +127,7 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
         return tags
 
     def _check_X(self, X, **more):
-        if isinstance(X, torch.Tensor): X = as_floats(X.detach().cpu().to(torch.promote_types(X.dtype, torch.float32))).numpy()
+        if isinstance(X, torch.Tensor): X = (X.float() if X.dtype == torch.bfloat16 else X).detach().cpu().numpy()
         X = validate_data(self, X, accept_sparse='csr', dtype=[np.float64, np.float32], **more)
         return X if self.affinity == 'precomputed' else _within_range(X)
 
@@ -231,7 +231,7 @@ def predict(self:LabelDiffusion,
     Z = self._scores(X)
     return decode_labels(np.where(Z.max(1) > 0, Z.argmax(1), -1), self.classes_)
 
-# %% ../nbs/03_estimator.ipynb #26efbc91
+# %% ../nbs/03_estimator.ipynb #c5f03477
 @patch
 def score(self:LabelDiffusion,
     X, # [m, d] rows, as in `predict_proba`
