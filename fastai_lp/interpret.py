@@ -24,10 +24,12 @@ from .learner.record import encode_truth, item_names, without_root
 from .plots import image_grid, plot_accuracy, plot_certainty, plot_confusion_matrix
 
 # %% ../nbs/02_interpret.ipynb #405f1d98
-def _column(values, dtype=None):
-    "A one-dimensional array, also of tuples"
-    values = list(values)
-    if dtype is None and not any(isinstance(o, (tuple, list)) for o in values): return np.asarray(values)
+def _column(values):
+    "A one-dimensional array of the values as they are: of numbers or text if it can hold them, else of objects"
+    if isinstance(values, np.ndarray) and values.ndim == 1: return values
+    values = list(values.tolist() if hasattr(values, 'tolist') else values)
+    plain = all(isinstance(o, (str, int, float, np.number, np.bool_)) for o in values)
+    if plain and (array := np.asarray(values)).dtype.kind in 'biufU' and array.tolist() == values: return array
     column = np.empty(len(values), dtype=object)
     column[:] = values
     return column
@@ -60,7 +62,10 @@ class LPInterpretation:
             updates=len(self.history))
         return f"LPInterpretation({', '.join(f'{v} {k}' for k, v in counts.items())})"
 
-    def _names(self, labels): return _column([None if o < 0 else self.vocab[o] for o in labels.tolist()], object)
+    def _names(self, labels):
+        column = np.empty(len(labels), dtype=object)
+        column[:] = [None if o < 0 else self.vocab[o] for o in labels.tolist()]
+        return column
 
     def _known_truth(self):
         if self.truth is None: raise ValueError("the true classes are unknown: pass truth= to LPCallback.")
@@ -135,7 +140,7 @@ def _rows(ds, idxs):
     if isinstance(ds, Tabular): return ds.iloc[idxs].decode().items
     return ds.items.iloc[idxs] if hasattr(ds.items, 'iloc') else pd.DataFrame(index=idxs)
 
-# %% ../nbs/02_interpret.ipynb #55eab389
+# %% ../nbs/02_interpret.ipynb #229261bc
 @patch
 def _check_items(self:LPInterpretation):
     "Raise a `ValueError` if the DataLoader has other items than the pseudo-labels"
@@ -160,7 +165,7 @@ def _positions(self:LPInterpretation, idxs):
             "pass table.index for a table, and df.index[mask] for a mask.")
     return [int(o) for o in idxs]
 
-# %% ../nbs/02_interpret.ipynb #568d972b
+# %% ../nbs/02_interpret.ipynb #428a6dc0
 @patch
 def show(self:LPInterpretation,
     idxs, # positions of the items, such as the index of any table here
@@ -219,12 +224,31 @@ def label_issues(self:LPInterpretation,
     return df.assign(suggested=self._names(suggested), doubt=doubt.numpy())
 
 # %% ../nbs/02_interpret.ipynb #63e2ae59
+def _plain(names):
+    "Names as an array of numbers or text: anything else as its text"
+    array = _column(names)
+    return array if array.dtype.kind in 'biufU' else np.array([str(o) for o in names], dtype=str)
+
+
+def _plain_vocab(vocab):
+    array = _plain(vocab)
+    if len(set(texts := array.tolist())) == len(texts): return array
+    twice = next(o for o in texts if texts.count(o) > 1)
+    raise ValueError(f"two classes have the same text {twice!r}, so a file cannot tell them apart: rename one of them. Nothing was written.")
+
+
+def _scalar(o):
+    if not hasattr(o, 'item'): raise ValueError(f"the history has a {type(o).__name__}, expected numbers and text. Nothing was written.")
+    return o.item()
+
+# %% ../nbs/02_interpret.ipynb #b18cbc95
 @patch
 def save(self:LPInterpretation,
     fname, # path of the .npz file
 )->Path:
     "Save everything except the items themselves"
-    more = dict(items=self.items, vocab=np.asarray(self.vocab), history=json.dumps(self.history))
+    history = json.dumps(self.history, default=_scalar)
+    more = dict(items=_plain(self.items), vocab=_plain_vocab(self.vocab), history=history)
     if self.truth is not None: more['truth'] = self.truth.numpy()
     return self.pseudo.save(fname, **more)
 

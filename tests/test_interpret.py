@@ -3,6 +3,10 @@ import json
 import re
 import warnings
 from dataclasses import replace
+from datetime import date
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,16 +14,20 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders, Datasets
+from fastai.learner import Learner, load_learner
 from fastai.tabular.all import CategoryBlock, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from PIL import Image
+from torch.utils.data import TensorDataset
 
-from conftest import blob_learner, blobs
+from conftest import Look, blob_learner, blob_model, blobs, quiet
 from fastai_lp.experiments.commands import run_experiment
 from fastai_lp.experiments.datasets import digits_folder
 from fastai_lp.experiments.models import small_convnet
 from fastai_lp.experiments.recipes import RECIPES
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import SemiCategorize
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.learner.streams import semi_dls
 from fastai_lp.transductive.advice import advice
@@ -203,3 +211,218 @@ def test_one_warning_per_fit_and_none_for_a_single_epoch(epochs, collapsed, warn
         warnings.simplefilter('always')
         blob_learner().fit(epochs, 1e-3, cbs=[LPCallback(), Collapse(collapsed)])
     assert len([o for o in seen if 'takes over' in str(o.message)]) == warned
+
+
+# The data of the Learner are replaced or changed after the fit
+
+def reordered(data, order, vocab=(0, 1, 2)):
+    "DataLoaders with the training items in another order, or some of them, and another vocab"
+    n = len(data.labels)
+    dsets = Datasets(range(n), [[Look(data.x)], [Look(data.labels), SemiCategorize(vocab=list(vocab), sort=False)]],
+        splits=[list(order), list(range(data.n_train, n))])
+    return dsets.semi_dataloaders(bs=16, num_workers=0, device='cpu')
+
+
+def in_reverse(learn, data): learn.dls = reordered(data, range(data.n_train)[::-1])
+
+
+def filtered(learn, data): learn.dls = reordered(data, range(100))
+
+
+def with_another_vocab(learn, data): learn.dls = reordered(data, range(data.n_train), (2, 0, 1))
+
+
+def with_more_classes(learn, data): learn.dls = reordered(data, range(data.n_train), range(5))
+
+
+def train_replaced(learn, data): learn.dls.loaders[0] = reordered(data, range(data.n_train)[::-1]).train
+
+
+def of_plain_tensors(learn, data):
+    learn.dls = DataLoaders.from_dsets(TensorDataset(data.x[:120].flip(0), data.truth[:120].flip(0)), bs=16, device='cpu')
+
+
+@pytest.mark.parametrize('replace_data', [in_reverse, filtered, with_another_vocab, with_more_classes, train_replaced, of_plain_tensors])
+def test_pseudo_labels_keep_their_names_if_the_data_are_replaced(replace_data, tmp_path):
+    learn, data = fitted()
+    interp = LPInterpretation.from_learner(learn)
+    before, shown = interp.to_df(), interp.show([3, 7])
+    replace_data(learn, data)
+    after = LPInterpretation.from_learner(learn)
+    pd.testing.assert_frame_equal(after.to_df(), before)
+    pd.testing.assert_frame_equal(after.show([3, 7]), shown)
+    back = LPInterpretation.load(after.save(tmp_path/'a.npz'))
+    pd.testing.assert_frame_equal(back.to_df(), before)
+
+
+def test_an_interpretation_belongs_to_its_fit():
+    data = blobs()
+    learn = blob_learner(data, cbs=LPCallback())
+    learn.fit(1, 1e-2)
+    first = LPInterpretation.from_learner(learn)
+    before = first.to_df()
+    learn.dls = reordered(data, range(data.n_train)[::-1], (2, 0, 1))
+    learn.fit(1, 1e-2)
+    second = LPInterpretation.from_learner(learn).to_df()
+    pd.testing.assert_frame_equal(first.to_df(), before)
+    assert second.item.tolist() == list(range(data.n_train))[::-1]
+    labeled = second[second.labeled]
+    assert labeled.label.tolist() == data.truth[labeled.item.to_numpy()].tolist()
+
+
+def test_a_failed_second_fit_keeps_the_names_of_the_first():
+    data = blobs()
+    learn = blob_learner(data, cbs=LPCallback())
+    learn.fit(1, 1e-2)
+    before = LPInterpretation.from_learner(learn).to_df()
+    learn.dls = reordered(data, range(data.n_train)[::-1])
+    learn.lp.warmup = 5
+    learn.fit(1, 1e-2)  # only warm-up, no update
+    pd.testing.assert_frame_equal(LPInterpretation.from_learner(learn).to_df(), before)
+
+
+@pytest.mark.parametrize('replace_data', [in_reverse, filtered])
+def test_a_file_is_not_shown_with_other_items(replace_data, tmp_path):
+    learn, data = fitted()
+    file = LPInterpretation.from_learner(learn).save(tmp_path/'a.npz')
+    replace_data(learn, data)
+    with pytest.raises(ValueError, match='does not have the 120 items'): LPInterpretation.load(file, learn.dls.train)
+
+
+def named_images(folder, n=40, c=2, n_labeled=4):
+    "Gray images, one brightness per class, and a DataFrame of their names and labels"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n): Image.new('RGB', (8, 8), (200*(i % c) + i % 7,)*3).save(folder/f'{i:02}.png')
+    return pd.DataFrame(dict(name=[f'{i:02}.png' for i in range(n)], label=['uv'[i % c] if i < n_labeled*c else None for i in range(n)]))
+
+
+def image_learner(df, folder, epochs=1):
+    dls = SemiImageDataLoaders.from_df(df, folder, valid_pct=.25, seed=0, bs=8, num_workers=0, device='cpu')
+    learn = quiet(Learner(dls, small_convnet(2, n_in=3, width=4)))
+    learn.fit(epochs, 1e-2, cbs=LPCallback())
+    return learn
+
+
+def sorted_in_place(df): df.sort_index(ascending=False, inplace=True)
+
+
+def renamed(df): df['name'] = df['name'].to_numpy()[::-1]
+
+
+def some_dropped(df): df.drop(index=df.index[:3], inplace=True)
+
+
+@pytest.mark.parametrize('change', [sorted_in_place, renamed, some_dropped])
+def test_items_changed_in_place_keep_their_names_and_are_not_shown(change, tmp_path):
+    learn = image_learner(named_images(tmp_path/'x'), tmp_path/'x')
+    before = LPInterpretation.from_learner(learn).to_df()
+    for tl in learn.dls.train_ds.tls: change(tl.items)
+    interp = LPInterpretation.from_learner(learn)
+    pd.testing.assert_frame_equal(interp.to_df(), before)
+    with pytest.raises(ValueError, match='replaced or changed'): interp.show([0, 1])
+
+
+def test_moved_images_are_shown(tmp_path):
+    df = named_images(tmp_path/'old')
+    learn = image_learner(df, tmp_path/'old')
+    file = LPInterpretation.from_learner(learn).save(tmp_path/'a.npz')
+    (tmp_path/'old').rename(tmp_path/'new')
+    dls = SemiImageDataLoaders.from_df(df, tmp_path/'new', valid_pct=.25, seed=0, bs=8, num_workers=0, device='cpu')
+    assert LPInterpretation.load(file, dls.train).show([0, 1]) is not None
+    unnamed = learn.lp_record.pseudo.save(tmp_path/'b.npz')
+    assert LPInterpretation.load(unnamed, dls.train).show([0, 1]) is not None
+
+
+def test_a_loaded_learner_has_no_pseudo_labels(tmp_path):
+    learn, _ = fitted()
+    learn.path = tmp_path
+    learn.export()
+    with pytest.raises(ValueError, match='fit it with LPCallback first'): LPInterpretation.from_learner(load_learner(tmp_path/'export.pkl'))
+
+
+@pytest.mark.parametrize('idxs', [lambda df: (df.certainty < .5).tolist(), lambda df: df.certainty < .5, lambda df: df.head(3),
+    lambda df: [-1], lambda df: [500], lambda df: df.head(2).label], ids=['mask', 'series', 'table', 'negative', 'large', 'text'])
+def test_only_positions_are_shown(idxs):
+    interp = LPInterpretation(fitted()[0].lp_record.pseudo, vocab='abc', dl=fitted()[0].dls.train)
+    with pytest.raises(ValueError, match='idxs must be positions from 0 to 119, .* pass table.index'): interp.show(idxs(interp.to_df()))
+
+
+# Names that a file cannot hold as they are
+
+class Color(Enum): RED, GREEN, BLUE = range(3)
+
+
+class Shade(str, Enum): LIGHT, MID, DARK = 'light', 'mid', 'dark'
+
+
+CLASSES = dict(dates=[date(2024, 1, i) for i in (1, 2, 3)], timestamps=list(pd.date_range('2024-01-01', periods=3)),
+    nanoseconds=list(np.array(['2024-01-01', '2024-01-02', '2024-01-03'], 'M8[ns]')), timedeltas=[np.timedelta64(i, 'D') for i in range(3)],
+    intervals=list(pd.cut(pd.Series(range(30)), 3).cat.categories), paths=[Path('a'), Path('b'), Path('c')],
+    decimals=[Decimal('0.1'), Decimal('0.2'), Decimal('0.3')], enums=list(Color), tuples=[('a', 1), ('b', 2), ('c', 3)],
+    ragged=[('a',), ('b', 2), ('c', 3)], mixed=[1, 'a', 2.5], none=[None, 'a', 'b'], large=[2**70, 2**71, 2**72],
+    words=['a', 'b', 'c'], numbers=[5, 7, 9], floats=[.5, 1.5, 2.5], scalars=list(np.array([5, 7, 9], 'uint8')),
+    bools=[False, True, 2], shades=list(Shade))
+
+
+def three_clusters():
+    x = torch.eye(3).repeat_interleave(10, 0) + .01*torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    return propagate(x, torch.where(torch.arange(30) % 10 == 0, torch.arange(30)//10, -1), k=5)
+
+
+@pytest.mark.parametrize('kind', CLASSES)
+def test_a_saved_file_can_be_loaded_whatever_the_classes_are(kind, tmp_path):
+    "Numbers and text come back as they are, anything else as its text"
+    vocab = CLASSES[kind]
+    interp = LPInterpretation(three_clusters(), vocab=vocab)
+    back = LPInterpretation.load(interp.save(tmp_path/'a.npz'))
+    assert back.vocab == (vocab if kind in ('words', 'numbers', 'floats', 'scalars', 'bools') else [str(o) for o in vocab])
+    assert back.to_df().label.tolist() == [back.vocab[i] for i in interp.pseudo.labels]
+    if kind != 'none': assert interp.to_df().label.tolist() == [vocab[i] for i in interp.pseudo.labels]
+
+
+@pytest.mark.parametrize('kind', [o for o in CLASSES if o not in ('bools', 'none', 'mixed', 'ragged')])
+def test_a_saved_file_can_be_loaded_whatever_the_items_are(kind, tmp_path):
+    items = CLASSES[kind]*10
+    interp = LPInterpretation(three_clusters(), items=items)
+    assert interp.to_df().item.nunique() == 3
+    back = LPInterpretation.load(interp.save(tmp_path/'a.npz'))
+    assert [str(o) for o in back.items] == [str(o) for o in items]
+
+
+@pytest.mark.parametrize('vocab', [[1, '1', 2], [date(2024, 1, 1), '2024-01-01', 'b'], [Path('a'), 'a', 'b'], ['a\0', 'a', 'b']], ids=str)
+def test_classes_with_equal_text_are_refused_and_the_file_is_unchanged(vocab, tmp_path):
+    file = LPInterpretation(three_clusters()).save(tmp_path/'a.npz')
+    before = file.read_bytes()
+    for name in ('a.npz', 'new.npz'):
+        with pytest.raises(ValueError, match='two classes .* same text'): LPInterpretation(three_clusters(), vocab=vocab).save(tmp_path/name)
+    assert file.read_bytes() == before
+    assert [o.name for o in tmp_path.iterdir()] == ['a.npz']
+
+
+def test_a_learner_with_classes_of_dates(tmp_path):
+    data = blobs()
+    days = [None if o is None else date(2024, 1, 1+o) for o in data.labels]
+    dsets = Datasets(range(len(days)), [[Look(data.x)], [Look(days), SemiCategorize()]],
+        splits=[list(range(data.n_train)), list(range(data.n_train, len(days)))])
+    learn = quiet(Learner(dsets.semi_dataloaders(bs=16, num_workers=0, device='cpu'), blob_model()))
+    learn.fit(1, 1e-2, cbs=LPCallback())
+    interp = LPInterpretation.from_learner(learn)
+    back = LPInterpretation.load(interp.save(tmp_path/'a.npz'))
+    assert back.to_df().label.tolist() == [str(o) for o in interp.to_df().label]
+
+
+def test_a_history_with_scalars_of_numpy_and_torch_is_saved(tmp_path):
+    history = [dict(epoch=np.int64(0), accuracy=np.float32(.5), recall=torch.tensor(.25), sec=1.)]
+    back = LPInterpretation.load(LPInterpretation(three_clusters(), history).save(tmp_path/'a.npz'))
+    assert back.history == [dict(epoch=0, accuracy=.5, recall=.25, sec=1.)]
+
+
+@pytest.mark.parametrize('more, match', [(dict(names=np.array([Path('a')])), 'names .* Python objects'), (dict(note=None), 'note'),
+    (dict(labels=np.zeros(3)), 'labels is a part of the pseudo-labels'), (dict(ragged=[[1], [1, 2]]), 'ragged')], ids=['paths', 'none', 'twice', 'ragged'])
+def test_arrays_that_could_not_be_loaded_are_not_saved(more, match, tmp_path):
+    file = three_clusters().save(tmp_path/'a.npz')
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=match): three_clusters().save(file, **more)
+    assert file.read_bytes() == before
+    with pytest.raises(ValueError, match='graph_recall'): replace(three_clusters(), graph=dict(recall=None)).save(tmp_path/'b.npz')
+    assert not (tmp_path/'b.npz').exists()
