@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from .utils.files import atomic_write, read_json_lines, read_npz
 from .transductive.pseudo import PseudoLabels
 from .transductive.curation import label_issues, suggest
+from .transductive.settings import check, integer
 from .learner.record import encode_truth, item_names, without_root
 from .plots import image_grid, plot_accuracy, plot_certainty, plot_confusion_matrix
 
@@ -34,7 +35,7 @@ def _column(values):
     column[:] = values
     return column
 
-
+# %% ../nbs/02_interpret.ipynb #89e77bce
 class LPInterpretation:
     "Tables, figures and suggestions from the pseudo-labels of a fit"
     def __init__(self,
@@ -55,7 +56,7 @@ class LPInterpretation:
             if o is not None and len(o) != expected:
                 raise ValueError(f"{name} must have {expected} entries ({n} items, {c} classes), got {len(o)}.")
         if truth is not None and n and self.truth.max() >= c:
-            raise ValueError(f"truth contains the class {self.truth.max()}, expected 0 to {c-1}, or a negative number if unknown.")
+            raise ValueError(f"truth contains the class {self.truth.max()}, expected 0 to {c-1}, or −1 if unknown.")
 
     def __repr__(self):
         counts = dict(items=len(self.items), labeled=int(self.pseudo.labeled.sum()), unreached=int((~self.pseudo.reached).sum()),
@@ -140,7 +141,7 @@ def _rows(ds, idxs):
     if isinstance(ds, Tabular): return ds.iloc[idxs].decode().items
     return ds.items.iloc[idxs] if hasattr(ds.items, 'iloc') else pd.DataFrame(index=idxs)
 
-# %% ../nbs/02_interpret.ipynb #229261bc
+# %% ../nbs/02_interpret.ipynb #5c430271
 @patch
 def _check_items(self:LPInterpretation):
     "Raise a `ValueError` if the DataLoader has other items than the pseudo-labels"
@@ -149,8 +150,8 @@ def _check_items(self:LPInterpretation):
     expected = without_root(self.items)
     unnamed = expected == positions and isinstance(found[0], str)  # a file of PseudoLabels.save
     if len(self.dl.dataset) == n and (unnamed or found == expected): return
-    raise ValueError(f"the DataLoader does not have the {n} items of the pseudo-labels in their order: the data were replaced or changed "
-        "after the fit. Pass the training DataLoader of the fit as dl= to load.")
+    raise ValueError(f"the DataLoader does not have the {n} items of the pseudo-labels in their order: the data were "
+        "replaced or changed after the fit. Pass the training DataLoader of the fit as dl= to load.")
 
 
 @patch
@@ -165,7 +166,7 @@ def _positions(self:LPInterpretation, idxs):
             "pass table.index for a table, and df.index[mask] for a mask.")
     return [int(o) for o in idxs]
 
-# %% ../nbs/02_interpret.ipynb #428a6dc0
+# %% ../nbs/02_interpret.ipynb #d564448d
 @patch
 def show(self:LPInterpretation,
     idxs, # positions of the items, such as the index of any table here
@@ -176,7 +177,7 @@ def show(self:LPInterpretation,
     idxs = self._positions(idxs)
     self._check_items()
     if titles is None: titles = [f'{o.label} ({o.certainty:.2f})' for o in self.to_df().loc[idxs].itertuples()]
-    if len(titles) != len(idxs): raise ValueError(f"expected one title per item, got {len(titles)} titles for {len(idxs)} items.")
+    if len(titles) != len(idxs): raise ValueError(f"expected a title for each of {len(idxs)} items, got {len(titles)}.")
     images = _images(self.dl.dataset, idxs)
     if images is not None: return image_grid(images, titles)
     rows = _rows(self.dl.dataset, idxs).set_axis(idxs).assign(**{'pseudo-label': titles})
@@ -198,7 +199,9 @@ def show_errors(self:LPInterpretation,
     n:int=9, # number of items
 ):
     "Show the wrong pseudo-labels with the highest certainty (Figure 7)"
+    check(dict(n=integer(1)), n=n)
     df = self.errors()[:n]
+    if not len(df): raise ValueError("no pseudo-label with a known true class is wrong.")
     return self.show(df.index, [f'{r.truth}, taken for {r.label} ({r.certainty:.2f})' for r in df.itertuples()])
 
 # %% ../nbs/02_interpret.ipynb #93b6af12
@@ -234,14 +237,15 @@ def _plain_vocab(vocab):
     array = _plain(vocab)
     if len(set(texts := array.tolist())) == len(texts): return array
     twice = next(o for o in texts if texts.count(o) > 1)
-    raise ValueError(f"two classes have the same text {twice!r}, so a file cannot tell them apart: rename one of them. Nothing was written.")
+    raise ValueError(f"two classes have the same text {twice!r}, so a file cannot tell them apart: rename one of them. "
+        "Nothing was written.")
 
 
 def _scalar(o):
-    if not hasattr(o, 'item'): raise ValueError(f"the history has a {type(o).__name__}, expected numbers and text. Nothing was written.")
-    return o.item()
+    if hasattr(o, 'item'): return o.item()
+    raise ValueError(f"the history has a {type(o).__name__}, expected numbers and text. Nothing was written.")
 
-# %% ../nbs/02_interpret.ipynb #b18cbc95
+# %% ../nbs/02_interpret.ipynb #59cd728c
 @patch
 def save(self:LPInterpretation,
     fname, # path of the .npz file

@@ -7,6 +7,7 @@ __all__ = ['LPRecord', 'item_names', 'without_root', 'encode_truth', 'truth_of',
 
 # %% ../../nbs/learner/11_record.ipynb #9152d7e3
 import os
+from collections.abc import Hashable
 from numbers import Real
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from .data import is_unlabeled
 
 # %% ../../nbs/learner/11_record.ipynb #72148392
 class LPRecord(Stateful):
-    """The last pseudo-labels with the names of their items and classes, one history row per update, and the true classes if given.
+    """The last pseudo-labels, the names of their items and classes, the true classes if given, and one history row per update.
 
     `LPCallback` leaves it as `learn.lp_record`."""
-    _stateattrs = ('pseudo', 'truth', 'items', 'vocab', 'dl')  # as long as the training set: not exported with a Learner
+    _stateattrs = ('pseudo', 'truth', 'items', 'vocab', 'dl')  # as long as the training set: not exported
 
     def __init__(self):
         self.history = []
@@ -51,11 +52,11 @@ class LPRecord(Stateful):
 
     def __repr__(self): return f"LPRecord({len(self.history)} updates" + (f", last {self.history[-1]})" if self.history else ")")
 
-# %% ../../nbs/learner/11_record.ipynb #91833e30
+# %% ../../nbs/learner/11_record.ipynb #6776f0af
 def item_names(
     dl:DataLoader, # a training DataLoader
 )->np.ndarray: # [n] strings or integers; None if the items have no names
-    "Return the path of each item if it has one, else the item if it is a string or an integer, else the index of a DataFrame"
+    "The path of each item if it has one, else the item if it is a string or an integer, else the index of a DataFrame"
     ds = dl.dataset
     items = getattr(ds, 'items', None)
     if items is None or callable(items) or not len(items): return None
@@ -75,7 +76,7 @@ def _paths(ds, rows):
     if not isinstance(first, (str, Path)) or not os.path.exists(first): return None
     return np.array([str(Path(tfms[0](rows[i]))) for i in range(len(ds))])
 
-# %% ../../nbs/learner/11_record.ipynb #58714774
+# %% ../../nbs/learner/11_record.ipynb #c1d334c0
 def without_root(
     names, # [n] from `item_names`, or None
 )->list: # or None
@@ -94,21 +95,20 @@ def encode_truth(
     "Return true classes as integers"
     expected = "expected one class per item, as its index or name"
     if isinstance(truth, (str, bytes)):
-        raise ValueError(f"truth is the string {truth!r}, {expected}. For a column of a DataFrame pass truth=lambda row: row[{truth!r}] "
-            "to LPCallback")
+        raise ValueError(f"truth is the string {truth!r}, {expected}. For a column of a DataFrame pass "
+            f"truth=lambda row: row[{truth!r}] to LPCallback")
     if not hasattr(truth, '__iter__') or getattr(truth, 'ndim', 1) != 1 or hasattr(truth, 'columns'):
         raise ValueError(f"truth is {type(truth).__name__} {getattr(truth, 'shape', truth)}, {expected}")
     truth = list(truth.tolist() if hasattr(truth, 'tolist') else truth)
-    named = any(isinstance(o, str) for o in truth)
-    o2i = {o: i for i, o in enumerate(vocab)} if vocab is not None and named else {}
-    unknown = [o for o in truth if isinstance(o, str) and o and o not in o2i]
+    names = [o for o in truth if not isinstance(o, Real) and not is_unlabeled(o)]
+    o2i = {o: i for i, o in enumerate(vocab)} if vocab is not None and names else {}
+    unknown = [o for o in names if not isinstance(o, Hashable) or o not in o2i]
     if unknown: raise ValueError(f"truth contains the class {unknown[0]!r}, which is not in the vocab")
     found = [-1 if is_unlabeled(o) else o2i.get(o, o) for o in truth]
-    if wrong := [o for o in found if not isinstance(o, Real) or not float(o).is_integer()]:
-        raise ValueError(f"truth contains {wrong[0]!r}, {expected}")
+    if wrong := [o for o in found if not float(o).is_integer()]: raise ValueError(f"truth contains {wrong[0]!r}, {expected}")
     return torch.tensor([int(o) for o in found], dtype=torch.long)
 
-
+# %% ../../nbs/learner/11_record.ipynb #a8c55c64
 def truth_of(
     truth, # class (index or name) of each item in training-set order; or a function or dict of the item (of a DataFrame: its row)
     dl:DataLoader, # the training DataLoader

@@ -101,10 +101,10 @@ def _plain_array(name, o):
     except ValueError as e: raise ValueError(f"{name} is not an array ({e}). Nothing was written.") from e
     if not array.dtype.hasobject: return array
     first = next(iter(array.flat), None)
-    raise ValueError(f"{name} has Python objects, such as a {type(first).__name__}, expected numbers or text: convert them, "
-        "for example with str. Nothing was written.")
+    raise ValueError(f"{name} has Python objects, such as a {type(first).__name__}, expected numbers or text: "
+        "convert them, for example with str. Nothing was written.")
 
-# %% ../../nbs/transductive/06_pseudo.ipynb #de3bfd83
+# %% ../../nbs/transductive/06_pseudo.ipynb #5b61b0e9
 @patch
 def save(self:PseudoLabels,
     fname, # path of the .npz file
@@ -115,7 +115,7 @@ def save(self:PseudoLabels,
     d = {k: v for k, v in vars(self).items() if k not in ('seconds', 'graph', 'W') and v is not None}
     for name in ('seconds', 'graph'): d.update({f'{name}_{k}': v for k, v in getattr(self, name).items()})
     if self.W is not None: d.update(W=self.W.values(), W_crow=self.W.crow_indices(), W_col=self.W.col_indices().int())
-    if twice := sorted(d.keys() & more): raise ValueError(f"{twice[0]} is a part of the pseudo-labels: choose another name.")
+    if twice := d.keys() & more: raise ValueError(f"{min(twice)} is a part of the pseudo-labels: choose another name.")
     d = {k: _plain_array(k, v) for k, v in (d | more).items()}
     with atomic_write(fname, checksum=True) as f: np.savez_compressed(f, **d)
     return fname
