@@ -95,8 +95,9 @@ def plot_confusion_matrix(
     counted, truth = _known(pseudo, truth, vocab, pseudo.reached)
     if ax is None: ax = new_axes(*(1.5+.45*c,)*2)
     rotation = 'vertical' if max(map(len, names)) > 2 else 'horizontal'
+    shown = [o.replace('$', r'\$') for o in names]  # a dollar sign would start a formula
     ConfusionMatrixDisplay.from_predictions(truth[counted], pseudo.labels.cpu()[counted], labels=range(c),
-        display_labels=names, cmap='Blues', colorbar=False, xticks_rotation=rotation, ax=ax)
+        display_labels=shown, cmap='Blues', colorbar=False, xticks_rotation=rotation, ax=ax)
     ax.set(xlabel='pseudo-label', ylabel='true class')
     return ax
 
@@ -115,5 +116,5 @@ def image_grid(
     for ax, image, title in zip(axes.flat, images, titles):
         if hasattr(image, 'show'): image.show(ctx=ax)
         else: show_image(image, ctx=ax)
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=9, parse_math=False)
     return fig

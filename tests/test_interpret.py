@@ -505,6 +505,12 @@ def test_figures_of_images_need_a_title_for_each():
     with pytest.raises(ValueError, match='vocab must have 3'): plot_confusion_matrix(three_clusters(), clusters, 'ab')
 
 
+@pytest.mark.parametrize('vocab', [['Ba$$in', 'b', 'c'], ['$5 to $10', 'over $10', '$'], ['$x_$', '%', '_']], ids=str)
+def test_dollar_signs_in_class_names_are_drawn(vocab, tmp_path):
+    plot_confusion_matrix(three_clusters(), clusters, vocab).figure.savefig(tmp_path/'a.png')
+    image_grid([torch.rand(3, 8, 8)]*3, vocab).savefig(tmp_path/'b.png')
+
+
 # True classes
 
 @pytest.mark.parametrize('truth, match', [('label', r"truth=lambda row: row\['label'\]"), (b'abc', 'the string'),
