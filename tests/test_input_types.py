@@ -154,7 +154,7 @@ def test_numpy_booleans_and_sizes():
     (lambda: propagate(x, y, 3.), 'n_classes must be an integer of at least 1, got 3.0'),
     (lambda: class_weights(y, 3.), 'n_classes must be an integer'),
     (lambda: seed_matrix(y, 3.), 'n_classes must be an integer'),
-    (lambda: suggest(W, labeled, base.certainty, 5.), 'm must be an integer from 1'),
+    (lambda: suggest(W, labeled, base.certainty, 5.), 'm must be an integer of at least 1'),
     (lambda: suggest(W, labeled, base.certainty, 5, pool=50.), 'pool must be an integer'),
     (lambda: label_issues(W, y, seeds='rw'), 'seeds must be'),
     (lambda: knn(x, 5, 'torch', chunk_bytes=1e6), 'chunk_bytes must be an integer'),

@@ -34,7 +34,7 @@ from .features import Extractor
 from .layers import Thumbnail, find_classifier, find_feature_layer
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .mixing import StreamMixUp
-from .record import LPRecord, class_names, truth_of
+from .record import LPRecord, class_names, item_names, truth_of
 from .scoped import FitScoped
 from .streams import TwoStream, warn_of_unlabeled_validation
 
@@ -100,7 +100,7 @@ class LPFit(EpochPlan):
         self.start, self.epoch = start, start  # epochs are counted over all fits
         self.lr_find = lr_find
         self.rank, self.world = 0, 1
-        self.truth = self.hard = self.mismatch = None
+        self.truth = self.items = self.vocab = self.hard = self.mismatch = None
         self.warned = {}  # problem: whether the user has been warned of it
 
 # %% ../../nbs/learner/13_callback.ipynb #31362a55
@@ -172,7 +172,8 @@ def _check_data(self:LPCallback, fit):
     if not isinstance(dl, TwoStream): warn_of_unlabeled_validation(learn.dls)  # two-stream DataLoaders have warned already
     if (y >= 0).all(): raise ValueError(f"all {len(y)} training items are labeled: {HOW_TO_UNLABEL}")
     check_labels(y, learn.dls.c, vocab)
-    fit.y = y.to(learn.dls.device)
+    fit.y, fit.vocab = y.to(learn.dls.device), None if vocab is None else list(vocab)
+    if not fit.lr_find: fit.items = item_names(dl)
     if self.truth is not None: fit.truth = truth_of(self.truth, dl, y, vocab).to(fit.y.device)
 
 # %% ../../nbs/learner/13_callback.ipynb #e16bc0b7
@@ -281,7 +282,8 @@ def _record(self:LPCallback, found, pseudo, start, extracted):
         network = (found.logits.argmax(1) == fit.truth)[asked].float().mean().item()
         row.update(accuracy=pseudo.accuracy(fit.truth), network_accuracy=network)
     if fit.world > 1: row = from_first(row)
-    self.record.pseudo, self.record.truth, self._data = pseudo, fit.truth, fit.dl.dataset
+    self._data = fit.dl.dataset
+    self.record.keep(pseudo, fit)
     self.record.history.append(row)
 
 # %% ../../nbs/learner/13_callback.ipynb #89d78703
@@ -400,5 +402,5 @@ def load_state_dict(self:LPCallback,
     "Continue from a saved state; called during a fit, after `before_fit`"
     self.record.history, self.record.truth = state['history'], self._fit.truth
     if state['pseudo'] is None: return
-    self.record.pseudo = PseudoLabels.from_state_dict(state['pseudo']).to(self._fit.y.device)
+    self.record.keep(PseudoLabels.from_state_dict(state['pseudo']).to(self._fit.y.device), self._fit)
     self._data = self._fit.dl.dataset

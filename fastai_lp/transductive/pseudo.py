@@ -99,6 +99,17 @@ def from_state_dict(cls:PseudoLabels,
     return _validated(cls(**{**d, 'W': None if W is None else csr(*W, len(d['labels']), check=True)}))
 
 # %% ../../nbs/transductive/06_pseudo.ipynb #f6e8a621
+def _plain_array(name, o):
+    "An array that can be loaded without pickle"
+    if isinstance(o, torch.Tensor): return o.detach().cpu().numpy()
+    try: array = np.asarray(o)
+    except ValueError as e: raise ValueError(f"{name} is not an array ({e}). Nothing was written.") from e
+    if not array.dtype.hasobject: return array
+    first = next(iter(array.flat), None)
+    raise ValueError(f"{name} has Python objects, such as a {type(first).__name__}, expected numbers or text: "
+        "convert them, for example with str. Nothing was written.")
+
+# %% ../../nbs/transductive/06_pseudo.ipynb #5b61b0e9
 @patch
 def save(self:PseudoLabels,
     fname, # path of the .npz file
@@ -109,7 +120,8 @@ def save(self:PseudoLabels,
     d = {k: v for k, v in vars(self).items() if k not in ('seconds', 'graph', 'W') and v is not None}
     for name in ('seconds', 'graph'): d.update({f'{name}_{k}': v for k, v in getattr(self, name).items()})
     if self.W is not None: d.update(W=self.W.values(), W_crow=self.W.crow_indices(), W_col=self.W.col_indices().int())
-    d = {k: v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in d.items()} | more
+    if twice := d.keys() & more: raise ValueError(f"{min(twice)} is a part of the pseudo-labels: choose another name.")
+    d = {k: _plain_array(k, v) for k, v in (d | more).items()}
     with atomic_write(fname, checksum=True) as f: np.savez_compressed(f, **d)
     return fname
 
