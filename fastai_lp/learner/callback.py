@@ -52,6 +52,7 @@ class LPCallback(FitScoped):
     unlabeled or no labeled item, a class has no label, the loss is not cross-entropy, or the model has no classifier."""
     order, run_valid = -5, False
     batch_unlabeled = None # bool [b] during a training batch: which items are unlabeled
+    _start = 0 # number of epochs in all fits before the last one
     _stateattrs = ('_fit', '_data', 'truth')
 
     def __init__(self,
@@ -379,7 +380,7 @@ def after_epoch(self:LPCallback):
     "Undo what a cancelled epoch changed, and count the epoch"
     if self._inference or self._fit is None: return
     self._end_epoch()
-    if not self._fit.lr_find: self._course = self._fit.epoch+1
+    if not self._fit.lr_find: self._course, self._start = self._fit.epoch+1, self._fit.start
 
 
 @patch
@@ -392,7 +393,7 @@ def after_fit(self:LPCallback):
 def state_dict(self:LPCallback)->dict: # tensors, numbers and strings
     "Return the history and the pseudo-labels"
     pseudo = self.record.pseudo
-    return dict(history=self.record.history, pseudo=None if pseudo is None else pseudo.state_dict())
+    return dict(history=self.record.history, start=self._start, pseudo=None if pseudo is None else pseudo.state_dict())
 
 
 @patch
@@ -401,6 +402,7 @@ def load_state_dict(self:LPCallback,
 ):
     "Continue from a saved state; called during a fit, after `before_fit`"
     self.record.history, self.record.truth = state['history'], self._fit.truth
+    self._fit.start = state.get('start', self._fit.start)
     if state['pseudo'] is None: return
     self.record.keep(PseudoLabels.from_state_dict(state['pseudo']).to(self._fit.y.device), self._fit)
     self._data = self._fit.dl.dataset

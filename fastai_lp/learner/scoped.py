@@ -6,26 +6,74 @@
 __all__ = ['FitScoped']
 
 # %% ../../nbs/learner/09_scoped.ipynb #163050db
+from weakref import WeakKeyDictionary
+
 from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 
+# %% ../../nbs/learner/09_scoped.ipynb #4f4b8ef0
+_bounds = {f'{when}_{kind}' for when in ('before', 'after_cancel', 'after') for kind in ('fit', 'epoch')}
+_running = WeakKeyDictionary()  # Learner: the fit and the epoch that are running
+
+
+class _Part:
+    "A fit or an epoch: `at` is `before`, `within` or `after`; `told` are the callbacks that have had an event of it"
+    def __init__(self, kind): self.kind, self.at, self.told = kind, 'before', set()
+
+
+def _is_of_fit(cb, event_name):
+    "Whether the event comes from the innermost part; each callback gets each event of a part once"
+    when, _, kind = event_name.rpartition('_')
+    part = (_running.get(cb.learn) or [None])[-1]
+    if part is None or part.kind != kind or cb.learn.lock.locked(): return False
+    if when == 'after_cancel': part.at = 'after'
+    elif part.at != when or (id(cb), when) in part.told: return False
+    part.told.add((id(cb), when))
+    return True
+
 # %% ../../nbs/learner/09_scoped.ipynb #d48b018a
 class FitScoped(Callback):
-    "A callback whose changes to the Learner end with the fit, however it ends. Its `restore` undoes them, and can be called at any time"
+    """A callback whose changes to the Learner end with the fit, however it ends. Its `restore` undoes them, and can be called at any time.
+
+    A fit can have one of each class; a second one is a `ValueError` before anything changes."""
+    def __call__(self, event_name):
+        if event_name not in _bounds or self.learn is None: return super().__call__(event_name)
+        own, before = vars(self), vars(self).get('_outside', False)
+        own['_outside'] = not _is_of_fit(self, event_name)
+        try: return super().__call__(event_name)
+        finally: own['_outside'] = before
+
     @property
     def learn(self): return self.__dict__.get('_learn')
     @learn.setter
     def learn(self, learn):
-        if learn is None and self.learn is not None: self.restore()
+        if learn is None and self.learn is not None:
+            self.restore()
+            if sum(o is self for o in self.learn.cbs) > 1: return  # it was there twice, and is still there
         self.__dict__['_learn'] = learn
 
     @property
     def _inference(self):
-        "validate, predict and get_preds fire before_fit and before_epoch too; fastai holds a lock while they run"
-        return self.learn.lock.locked()
+        "Whether the current event comes from validate, predict, get_preds, tta, summary and the like, not from a fit"
+        return vars(self).get('_outside', False) or self.learn.lock.locked()
 
     def restore(self): "Undo what a fit changes"
+    def failed(self):
+        "An error ended a fit"
+        self.restore()
+
+# %% ../../nbs/learner/09_scoped.ipynb #a7c1fdf6
+def _check_twice(learn):
+    "Raise a `ValueError` if a fit has two callbacks of the same class"
+    ours = [(i, cb) for i, cb in enumerate(learn.cbs) if isinstance(cb, FitScoped)]
+    for n, (j, second) in enumerate(ours):
+        for i, first in ours[:n]:
+            if not isinstance(second, type(first)) and not isinstance(first, type(second)): continue
+            name, other = type(second).__name__, type(first).__name__
+            if first is second: raise ValueError(f"this {name} is in the fit twice: it is in the Learner already, so leave it out of cbs")
+            raise ValueError(f"{name} is in the fit twice: learn.cbs has a {other} at position {i} and a second one at position {j}. Use "
+                f"one: learn.remove_cb({name}) removes those of the Learner, which an earlier cell or load_learner may have added")
 
 # %% ../../nbs/learner/09_scoped.ipynb #55f0ca1d
 _original = getattr(Learner._with_events, 'original', Learner._with_events)
@@ -34,12 +82,20 @@ _original = getattr(Learner._with_events, 'original', Learner._with_events)
 @patch
 def _with_events(self:Learner, f, event_type, *args, **kwargs):
     "As in fastai; if an error ends a fit, every `FitScoped` callback restores at once"
-    try: return _original(self, f, event_type, *args, **kwargs)
+    if event_type not in ('fit', 'epoch'): return _original(self, f, event_type, *args, **kwargs)
+    if event_type == 'fit': _check_twice(self)
+    part, parts = _Part(event_type), _running.setdefault(self, [])
+    def within():
+        part.at = 'within'
+        try: f()
+        finally: part.at = 'after'
+    parts.append(part)
+    try: return _original(self, within, event_type, *args, **kwargs)
     except CancelFitException: raise
     except BaseException:
-        if event_type in ('epoch', 'fit'):
-            for cb in list(self.cbs):
-                if isinstance(cb, FitScoped): cb.restore()
+        for cb in list(self.cbs):
+            if isinstance(cb, FitScoped): cb.failed()
         raise
+    finally: parts.pop()
 
 Learner._with_events.original = _original
