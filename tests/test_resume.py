@@ -11,7 +11,10 @@ import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import fine_tune, fit_one_cycle, lr_find  # chkstyle: ignore (adds methods of Learner)
-from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientClip
+from fastai.learner import SkipToEpoch
+from fastai.metrics import F1Score, accuracy
 from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import set_seed
 
@@ -221,8 +224,11 @@ def stopped_early(learn, cbs):
     learn.fine_tune(3, 1e-3, freeze_epochs=6, cbs=[*cbs, *trackers])
 
 
-COURSES = dict(one=lambda learn, cbs: learn.fine_tune(1, cbs=cbs), two=lambda learn, cbs: learn.fine_tune(2, 1e-2, freeze_epochs=2, cbs=cbs),
-    cells=two_cells, learner=in_the_learner, equal=equal_fits, early=stopped_early)
+def one(learn, cbs): learn.fine_tune(1, cbs=cbs)
+def two(learn, cbs): learn.fine_tune(2, 1e-2, freeze_epochs=2, cbs=cbs)
+
+
+COURSES = dict(one=one, two=two, cells=two_cells, learner=in_the_learner, equal=equal_fits, early=stopped_early)
 
 
 def course(name, path, extra=(), seed=0, cbs=None, learn=None):
@@ -407,7 +413,8 @@ extra = [] if path.endswith('through') else [ResumeCallback(Path(path)/'run.pth'
 learn, seen = course(name, Path(path), extra, seed=int(seed))
 history = [{{k: v for k, v in row.items() if k not in ('sec', 'seconds')}} for row in learn.lp_record.history]
 teacher = learn.mt_record.teacher.state_dict()
-torch.save(dict(seen=[list(o[:2]) for o in seen], history=history, losses=list(map(float, learn.recorder.losses)), teacher=teacher), sys.argv[2]+'.end')
+losses = list(map(float, learn.recorder.losses))
+torch.save(dict(seen=[list(o[:2]) for o in seen], history=history, losses=losses, teacher=teacher), sys.argv[2]+'.end')
 '''
 
 
@@ -430,3 +437,92 @@ def test_course_is_killed(name, fit, event, epoch, tmp_path):
     for k in a['teacher']: assert torch.equal(a['teacher'][k], b['teacher'][k])
     for x, y in zip(a['seen'], b['seen'], strict=True):
         for p, q in zip(x, y): assert torch.equal(p, q)
+
+
+# Callbacks and settings that people combine with it
+
+class Gradually(Callback):
+    "Gradual unfreezing: clears the state of the optimizer"
+    def before_epoch(self):
+        if self.epoch == 1: self.learn.unfreeze()
+
+
+class CountEpochs(Callback):
+    "A state that changes in epochs, skipped ones too"
+    epochs = 0
+    def before_epoch(self): self.opt.set_hyper('mom', .9 - .1*self.epochs)
+    def after_epoch(self): self.epochs += 1
+    def state_dict(self): return dict(epochs=self.epochs)
+    def load_state_dict(self, state): self.epochs = state['epochs']
+
+
+class Draws(Callback):
+    "Random numbers between epochs"
+    def before_epoch(self): self.learn.model[0].weight.data += .01*torch.randn_like(self.learn.model[0].weight)
+
+
+def frozen_learner(path):
+    learn = blob_learner(path=path)
+    learn.splitter = halves
+    learn.freeze()
+    return learn
+
+
+@pytest.mark.parametrize('make', [Gradually, CountEpochs, Draws, lambda: ReduceLROnPlateau(monitor='accuracy', patience=1, min_delta=1.),
+    lambda: SkipToEpoch(1), lambda: GradientClip(.1), lambda: SaveModelCallback(monitor='accuracy', reset_on_fit=False)],
+    ids=['unfreeze', 'count', 'draws', 'plateau', 'start_epoch', 'clip', 'best of all fits'])
+def test_callbacks_that_act_between_epochs(make, tmp_path):
+    def fit(*cbs, seed=0, path='run'):
+        learn, cb = frozen_learner(tmp_path/path), make()
+        if seed: set_seed(seed)
+        for n in 5, 2: learn.fit(n, 1e-2, cbs=[LPCallback(), cb, *cbs])
+        return learn
+    through = fit(path='through')
+    for place in (0, 3), (1, 1):
+        file = tmp_path/f'{place}.pth'
+        with pytest.raises(KeyboardInterrupt): fit(ResumeCallback(file), StopInFit(place[0], 'before_batch', place[1]))
+        resumed = fit(ResumeCallback(file), seed=7)
+        assert torch.equal(flat_weights(through), flat_weights(resumed))
+        assert list(map(float, through.recorder.losses)) == list(map(float, resumed.recorder.losses))
+        assert resumed.opt.hypers[-1]['lr'] == through.opt.hypers[-1]['lr']
+
+
+def test_a_metric_with_a_value_per_class(file):
+    def fit(*cbs, seed=0):
+        learn = blob_learner(path=file.parent)
+        learn.metrics = [accuracy, F1Score(average=None)]
+        if seed: set_seed(seed)
+        learn.fit(4, 1e-2, cbs=[LPCallback(), *cbs])
+        return learn
+    through = fit()
+    with pytest.raises(KeyboardInterrupt): fit(ResumeCallback(file), Stop('before_batch', 2))
+    resumed = fit(ResumeCallback(file), seed=7)
+    assert torch.equal(flat_weights(through), flat_weights(resumed))
+    for a, b in zip(through.recorder.values, resumed.recorder.values, strict=True):
+        assert torch.equal(torch.as_tensor(a[3]), torch.as_tensor(b[3]))
+
+
+def test_models_of_each_epoch_are_not_overwritten(tmp_path, file):
+    "SaveModelCallback(every_epoch=True): files of skipped epochs stay, the others are numbered on"
+    def fit(*cbs): run('lp', tmp_path, [SaveModelCallback(every_epoch=True, fname='m'), *cbs])
+    with pytest.raises(KeyboardInterrupt): fit(ResumeCallback(file), Stop('before_batch', 3))
+    names = sorted(o.name for o in (tmp_path/'models').iterdir())
+    assert names == ['m_0.pth', 'm_1.pth', 'm_2.pth']
+    times = [(tmp_path/'models'/o).stat().st_mtime_ns for o in names]
+    fit(ResumeCallback(file))
+    assert [(tmp_path/'models'/o).stat().st_mtime_ns for o in names] == times
+    assert len(list((tmp_path/'models').iterdir())) == 5
+
+
+def test_larger_images_in_the_second_fit(file):
+    "The data change between fits, as in progressive resizing"
+    def fits(*cbs, seed=0):
+        learn = blob_learner(path=file.parent)
+        if seed: set_seed(seed)
+        learn.fit(2, 1e-2, cbs=[LPCallback(), *cbs])
+        learn.dls = blob_learner(blobs(n=100, seed=1), path=file.parent, seed=3).dls
+        learn.fit(3, 1e-2, cbs=[LPCallback(), *cbs])
+        return learn
+    through = fits()
+    with pytest.raises(KeyboardInterrupt): fits(ResumeCallback(file), StopInFit(1, 'before_batch', 1))
+    same_run(through, fits(ResumeCallback(file), seed=7))

@@ -137,7 +137,7 @@ class ResumeCallback(FitScoped):
     def _trackers(self): return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback)]
     def _with_state(self): return [cb for cb in self.learn.cbs.sorted('order') if _has_state(cb)]
 
-
+# %% ../../nbs/learner/15_resume.ipynb #f871e439
 class _Course:
     "The fits of a Learner so far"
     def __init__(self, learn=None):
@@ -190,11 +190,12 @@ def before_fit(self:ResumeCallback):
     if rank == 0 and not ended: self._try_to_write()
     self._course.failed = None
     if saved is None: return
-    self._load(saved)
+    self._load(_copied(saved))
+    for cb in self._trackers(): cb.run = False
     which = '' if len(fits) == 1 else f', fit {i+1}'
     if rank == 0: print(f"{self.fname}{which}: {self._fit.done} of {self.n_epoch} epochs are done")
 
-# %% ../../nbs/learner/15_resume.ipynb #0042d537
+# %% ../../nbs/learner/15_resume.ipynb #06099db2
 @patch
 def _find(self:ResumeCallback, fits, same):
     "Index of a fit in the course"
@@ -294,12 +295,10 @@ def _try_to_write(self:ResumeCallback):
 # %% ../../nbs/learner/15_resume.ipynb #6e1c3518
 @patch
 def _load(self:ResumeCallback, saved):
-    saved = _copied(saved)
     self._load_weights(saved)
     for cb, (_, state) in zip(self._with_state(), saved['callbacks']): cb.load_state_dict(state)
     if saved['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(saved['scaler'])
     self.learn.train_iter = saved['train_iter']
-    for cb in self._trackers(): cb.run = False
 
 
 @patch
@@ -338,7 +337,9 @@ def after_epoch(self:ResumeCallback):
     if self._inference or fit is None: return
     done = self.epoch + 1
     if done <= fit.done:
-        if done == fit.done: self._continue()
+        if done == fit.done:
+            self._load(_copied(fit.saved))
+            self._continue()
     elif done % self.every == 0 or done == self.n_epoch: self._save(self._state(done))
 
 
@@ -363,7 +364,7 @@ def _save(self:ResumeCallback, state):
         warnings.warn(f"{e}. The training continues, and the next epoch tries again. "
             "Until then, an interrupted fit would resume from the last epoch that was saved")
 
-# %% ../../nbs/learner/15_resume.ipynb #055cad4c
+# %% ../../nbs/learner/15_resume.ipynb #646bfb03
 @patch
 def after_fit(self:ResumeCallback):
     "Save the result of the fit, for the next one"

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 
-# %% ../../nbs/learner/09_scoped.ipynb #4f4b8ef0
+# %% ../../nbs/learner/09_scoped.ipynb #23560984
 _bounds = {f'{when}_{kind}' for when in ('before', 'after_cancel', 'after') for kind in ('fit', 'epoch')}
 _running = WeakKeyDictionary()  # Learner: the fit and the epoch that are running
 
@@ -63,7 +63,7 @@ class FitScoped(Callback):
         "An error ended a fit"
         self.restore()
 
-# %% ../../nbs/learner/09_scoped.ipynb #a7c1fdf6
+# %% ../../nbs/learner/09_scoped.ipynb #d67a95ad
 def _check_twice(learn):
     "Raise a `ValueError` if a fit has two callbacks of the same class"
     ours = [(i, cb) for i, cb in enumerate(learn.cbs) if isinstance(cb, FitScoped)]
