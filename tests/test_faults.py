@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import CancelFitException
+from fastai.callback.schedule import fine_tune  # chkstyle: ignore (adds Learner.fine_tune)
 from fastai.data.core import Datasets
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
@@ -576,6 +577,20 @@ def test_another_callback_ends_the_fit(shows, error):
             'callbacks are as before the fit. The weights are those of the last step. The next fit works.')
     else: shows.result(STOPPED, 'another callback cancels a batch, an epoch or the fit', 'As usual in fastai. Loss, '
         'metrics, hooks, data and callbacks are as before the fit.')
+
+
+def test_the_same_callback_twice(shows, tmp_path):
+    learn = blob_learner(cbs=[LPCallback(), MeanTeacherCallback(), ResumeCallback(tmp_path/'run.pth')])
+    what = '`LPCallback`, `MeanTeacherCallback` or `ResumeCallback` is in a fit twice'
+    with shows.error(STOPPED, what, 'LPCallback is in the fit twice'): learn.fit(1, cbs=LPCallback())
+    assert not list(tmp_path.iterdir())
+    learn.fit(1)
+
+
+def test_fine_tune_with_other_settings(shows, tmp_path):
+    def tune(lr): blob_learner().fine_tune(1, lr, cbs=[LPCallback(), ResumeCallback(tmp_path/'run.pth')])
+    tune(1e-2)
+    with shows.error(FILES, 'file of `ResumeCallback`: `fine_tune` with another learning rate', 'lr up to 0.01 in the file'): tune(1e-3)
 
 
 PLACES = {'features are extracted': lambda m, stop: m.hooks.append(lambda training: None if training else stop()),
