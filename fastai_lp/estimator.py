@@ -6,8 +6,6 @@
 __all__ = ['encode_labels', 'decode_labels', 'affinity_from_scipy', 'LabelDiffusion']
 
 # %% ../nbs/03_estimator.ipynb #bc21744e
-import warnings
-
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import accuracy_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize as l2_rows
 from sklearn.utils import assert_all_finite, column_or_1d
@@ -22,6 +21,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 import faiss  # after torch
 
+from .transductive.labels import as_column, check_converted, known_labels
 from .transductive.settings import Constraint, as_rows, check, constraints, defaults, one_of
 from .transductive.neighbors import default_k, knn
 from .transductive.graph import affinity, csr
@@ -29,29 +29,27 @@ from .transductive.propagate import spread
 from .transductive.curation import label_issues, suggest
 
 # %% ../nbs/03_estimator.ipynb #d4ee1da2
-def _is_missing(y):
-    "Mask of the missing labels"
-    def is_missing(o): return o is None or o == -1 or o == '' or o != o
-    if y.dtype.kind in 'OU': return np.array([is_missing(o) for o in y.tolist()], dtype=bool)
-    return y == -1 if y.dtype.kind in 'if' else np.zeros(len(y), dtype=bool)
+def _one_column(y):
+    "Labels in one dimension"
+    if y is None: raise ValueError("fit requires y to be passed, but the target y is None: pass the labels, −1 if unlabeled.")
+    y = as_column(y)
+    column_or_1d(np.empty(y.shape), warn=True)
+    return y.iloc[:, 0] if isinstance(y, pd.DataFrame) else y.reshape(-1) if y.ndim > 1 else y
 
 
 def encode_labels(
-    y, # [n] class labels
+    y, # [n] class labels; a missing one is −1, or what `labels.known_labels` leaves out
     n:int, # number of rows
 )->tuple: # (classes [c], codes): codes is an int64 tensor [n], −1 if missing
     "Validate class labels and replace them by their indices"
-    y = np.asarray(column_or_1d(y, warn=True))
+    y = _one_column(y)
     if len(y) != n: raise ValueError(f"expected one label per row, −1 if unlabeled, got {len(y)} labels for {n} rows.")
-    if y.dtype.kind == 'f': assert_all_finite(y, input_name='y')
-    known = ~_is_missing(y)
-    if not known.all() and y.dtype.kind in 'if' and len(np.unique(y)) == 2 and known.any():
-        warnings.warn("y contains −1 and one other class: both are taken as classes.")
-        known[:] = True
-    if not known.any(): raise ValueError("no row is labeled: label at least one row per class.")
-    given = y[known] if y.dtype.kind != 'O' else np.array(y[known].tolist())
+    given, known = known_labels(y)
+    if given.dtype.kind == 'f': assert_all_finite(given, input_name='y')
+    if not len(given): raise ValueError("no row is labeled: label at least one row per class.")
     check_classification_targets(given)
     classes, codes = np.unique(given, return_inverse=True)
+    check_converted(classes, isinstance(y, np.ndarray) and y.dtype.kind in 'UT')
     res = np.full(n, -1)
     res[known] = codes
     return classes, torch.from_numpy(res)
@@ -61,10 +59,12 @@ def decode_labels(
     codes, # int [n], class indices, −1 if missing
     classes, # [c] class labels
 ):
-    "Class labels from their indices; a missing one is '' if the classes are strings, else −1"
-    names = classes[codes]
-    if (codes < 0).any() and names.dtype.kind in 'bu': names = names.astype(np.int64)  # these types have no −1
-    names[codes < 0] = '' if classes.dtype.kind == 'U' else -1
+    "Class labels from their indices; a missing one is '' if the classes are strings, NaT if they are dates, else −1"
+    names, missing = classes[codes], codes < 0
+    if not missing.any(): return names
+    if names.dtype.kind == 'b' or names.dtype.kind == 'u' and classes.max() <= np.iinfo(np.int64).max: names = names.astype(np.int64)
+    elif names.dtype.kind == 'u': names = names.astype(object)  # no integer type holds both
+    names[missing] = dict(U='', M='NaT', m='NaT').get(classes.dtype.kind, -1)
     return names
 
 # %% ../nbs/03_estimator.ipynb #5bba1646
@@ -72,6 +72,9 @@ def affinity_from_scipy(
     W, # [n, n] symmetric, >= 0, dense or sparse
 )->torch.Tensor: # [n, n] sparse CSR
     "A precomputed affinity without its diagonal"
+    W = sp.csr_array(W)
+    peak = abs(W).max() if W.nnz else 0
+    if peak > 1e30 or 0 < peak < 1e-30: W = W/peak  # too large or too small for float32; the result does not depend on the scale
     W = sp.csr_array(W, dtype=np.float32, copy=True)
     W.setdiag(0)
     W.eliminate_zeros()
@@ -81,6 +84,16 @@ def affinity_from_scipy(
     if abs(W - W.T).max() > 1e-5*abs(W).max(): raise ValueError("a precomputed affinity must be symmetric: pass W + W.T.")
     crow, col = (torch.from_numpy(o.astype(np.int64)) for o in (W.indptr, W.indices))
     return csr(crow, col, torch.from_numpy(W.data.copy()), W.shape[0])
+
+# %% ../nbs/03_estimator.ipynb #36e3ea9a
+def _within_range(X):
+    "Rows, dense or sparse, divided by their largest number if it is extreme"
+    top, bottom = (o.toarray() if sp.issparse(o) else o for o in (X.max(axis=1), X.min(axis=1)))
+    peak = np.maximum(top, -bottom).ravel()
+    extreme = (peak > 1e15) | (peak > 0) & (peak < 1e-12)
+    if not extreme.any(): return X
+    scale = np.where(extreme, peak, 1)
+    return X.multiply(1/scale[:, None]).tocsr() if sp.issparse(X) else X/scale[:, None]
 
 # %% ../nbs/03_estimator.ipynb #645a3f0a
 class LabelDiffusion(ClassifierMixin, BaseEstimator):
@@ -113,7 +126,10 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
         tags.input_tags.pairwise = tags.input_tags.positive_only = self.affinity == 'precomputed'
         return tags
 
-    def _check_X(self, X, **more): return validate_data(self, X, accept_sparse='csr', dtype=[np.float64, np.float32], **more)
+    def _check_X(self, X, **more):
+        if isinstance(X, torch.Tensor): X = (X.float() if X.dtype == torch.bfloat16 else X).detach().cpu().numpy()
+        X = validate_data(self, X, accept_sparse='csr', dtype=[np.float64, np.float32], **more)
+        return X if self.affinity == 'precomputed' else _within_range(X)
 
 # %% ../nbs/03_estimator.ipynb #6335ab1c
 @patch
@@ -125,7 +141,7 @@ def _sparse_neighbors(self:LabelDiffusion, X, new=None):
 
 
 @patch
-def _k(self:LabelDiffusion, n, without_self): return min(default_k(n) if self.k is None else self.k, n-without_self)
+def _k(self:LabelDiffusion, n, without_self): return min(default_k(n) if self.k is None else int(self.k), n-without_self)
 
 
 @patch
@@ -153,13 +169,14 @@ def fit(self:LabelDiffusion,
     y, # [n] classes, −1 if unlabeled
 ):
     "Build the graph and propagate the labels"
-    check(self._constraints, **{o: getattr(self, o) for o in self._constraints})
+    settings = check(self._constraints, **{o: getattr(self, o) for o in self._constraints})
     X = self._check_X(X, ensure_min_samples=2)
-    self.classes_, self._y = encode_labels(y, X.shape[0])
-    self.X_, self._W = X, self._graph(X)
-    pseudo = spread(self._W, self._y, len(self.classes_), self.alpha, self.max_iter, self.tol, self.seeds).to('cpu')
-    csr_parts = self._W.values(), self._W.col_indices(), self._W.crow_indices()
-    self.affinity_ = sp.csr_array(tuple(o.cpu().numpy() for o in csr_parts), shape=self._W.shape)
+    classes, y = encode_labels(y, X.shape[0])
+    W = self._graph(X)
+    pseudo = spread(W, y, len(classes), **{o: settings[o] for o in ('alpha', 'max_iter', 'tol', 'seeds')}).to('cpu')
+    self.classes_, self._y, self.X_ = classes, y, X
+    parts = W.values(), W.col_indices(), W.crow_indices()
+    self.affinity_ = sp.csr_array(tuple(o.cpu().numpy() for o in parts), shape=W.shape)
     self.transduction_ = decode_labels(pseudo.labels.numpy(), self.classes_)
     self.label_distributions_ = _distributions(pseudo.Z.double().numpy())
     self.certainty_, self.reached_ = pseudo.certainty.numpy(), pseudo.reached.numpy()
@@ -174,6 +191,7 @@ _CHUNK = 4096  # new rows per search
 def _scores(self:LabelDiffusion, X):
     "The weighted sum of the neighbors' distributions, [m, c]"
     check_is_fitted(self)
+    check(self._constraints, k=self.k, gamma=self.gamma)  # `set_params` may have changed them since `fit`
     X = self._check_X(X, reset=False)
     dist = np.where(self.reached_[:, None], self.label_distributions_, 0)
     if self.affinity == 'precomputed': return np.asarray(sp.csr_array(X) @ dist)
@@ -213,17 +231,38 @@ def predict(self:LabelDiffusion,
     Z = self._scores(X)
     return decode_labels(np.where(Z.max(1) > 0, Z.argmax(1), -1), self.classes_)
 
+# %% ../nbs/03_estimator.ipynb #c5f03477
+@patch
+def score(self:LabelDiffusion,
+    X, # [m, d] rows, as in `predict_proba`
+    y, # [m] classes, −1 if unknown
+    sample_weight=None, # [m] weights of the rows
+)->float: # in [0, 1]
+    "Accuracy on the rows that have a label"
+    check_is_fitted(self)
+    column = _one_column(y)
+    given, known = known_labels(column, minus_one=-1 in self.classes_.tolist())
+    if known.all(): return super(LabelDiffusion, self).score(X, y, sample_weight)
+    if not known.any(): raise ValueError("no row is labeled: score needs the class of at least one row.")
+    weight = None if sample_weight is None else np.asarray(sample_weight)[known]
+    return accuracy_score(given, self.predict(X)[known], sample_weight=weight)
+
 # %% ../nbs/03_estimator.ipynb #35ba0eb4
+@patch
+def _graph_tensor(self:LabelDiffusion):
+    "`affinity_` as a tensor, which is not kept: it cannot be copied with `deepcopy`, or loaded without its GPU"
+    check_is_fitted(self)
+    W = self.affinity_
+    return csr(*(torch.from_numpy(o) for o in (W.indptr, W.indices, W.data)), len(self._y)).to(self.device or 'cpu')
+
+
 @patch
 def suggest(self:LabelDiffusion,
     m:int=20, # number of rows
     **kwargs # see `curation.suggest`
 )->np.ndarray: # int [m]
     "Indices of the unlabeled rows to label next, most useful first"
-    check_is_fitted(self)
-    device = self._W.device
-    labeled, certainty = (self._y >= 0).to(device), torch.from_numpy(self.certainty_).to(device)
-    return suggest(self._W, labeled, certainty, m, self.alpha, **kwargs).items.cpu().numpy()
+    return suggest(self._graph_tensor(), self._y >= 0, self.certainty_, m, self.alpha, **kwargs).items.cpu().numpy()
 
 
 @patch
@@ -231,8 +270,7 @@ def label_issues(self:LabelDiffusion,
     **kwargs # see `curation.label_issues`
 )->pd.DataFrame:
     "Labeled rows with a doubtful label, most doubtful first: given, suggested, doubt"
-    check_is_fitted(self)
-    found = label_issues(self._W, self._y, len(self.classes_), self.alpha, self.seeds, **kwargs)
+    found = label_issues(self._graph_tensor(), self._y, len(self.classes_), self.alpha, self.seeds, **kwargs)
     idxs, suggested, doubt = (o.cpu().numpy() for o in found)
     given = self.classes_[self._y.numpy()[idxs]]
     return pd.DataFrame(dict(given=given, suggested=self.classes_[suggested], doubt=doubt), index=idxs)

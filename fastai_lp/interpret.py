@@ -20,36 +20,53 @@ from fastcore.basics import patch
 from .utils.files import atomic_write, read_json_lines, read_npz
 from .transductive.pseudo import PseudoLabels
 from .transductive.curation import label_issues, suggest
-from .learner.data import class_names
+from .transductive.settings import check, integer
+from .learner.record import encode_truth, item_names, without_root
 from .plots import image_grid, plot_accuracy, plot_certainty, plot_confusion_matrix
 
 # %% ../nbs/02_interpret.ipynb #405f1d98
+def _column(values):
+    "A one-dimensional array of the values as they are: of numbers or text if it can hold them, else of objects"
+    if isinstance(values, np.ndarray) and values.ndim == 1: return values
+    values = list(values.tolist() if hasattr(values, 'tolist') else values)
+    plain = all(isinstance(o, (str, int, float, np.number, np.bool_)) for o in values)
+    if plain and (array := np.asarray(values)).dtype.kind in 'biufU' and array.tolist() == values: return array
+    column = np.empty(len(values), dtype=object)
+    column[:] = values
+    return column
+
+# %% ../nbs/02_interpret.ipynb #89e77bce
 class LPInterpretation:
     "Tables, figures and suggestions from the pseudo-labels of a fit"
     def __init__(self,
         pseudo:PseudoLabels, # from the last update
         history:list=(), # rows of `LPRecord.history`, one per update
-        truth=None, # int [n] true classes, negative if unknown; used only to find errors
+        truth=None, # [n] true classes (index or name), missing or negative if unknown; used only to find errors
         items=None, # [n] name of each item; None: its position
         vocab=None, # [c] class names; None: their indices
         dl=None, # DataLoader of the items; None: they cannot be shown
     ):
         n, c = len(pseudo.labels), len(pseudo.class_weights)
         self.pseudo, self.history, self.dl = pseudo.to('cpu'), list(history), dl
-        self.truth = None if truth is None else torch.as_tensor(truth).cpu()
-        self.items = np.arange(n) if items is None else np.asarray(items)
+        self.items = np.arange(n) if items is None else _column(items)
         self.vocab = list(range(c)) if vocab is None else list(vocab)
+        self.truth = None if truth is None else encode_truth(truth, self.vocab)
         for name, expected in dict(truth=n, items=n, vocab=c).items():
             o = getattr(self, name)
             if o is not None and len(o) != expected:
                 raise ValueError(f"{name} must have {expected} entries ({n} items, {c} classes), got {len(o)}.")
+        if truth is not None and n and self.truth.max() >= c:
+            raise ValueError(f"truth contains the class {self.truth.max()}, expected 0 to {c-1}, or −1 if unknown.")
 
     def __repr__(self):
         counts = dict(items=len(self.items), labeled=int(self.pseudo.labeled.sum()), unreached=int((~self.pseudo.reached).sum()),
             updates=len(self.history))
         return f"LPInterpretation({', '.join(f'{v} {k}' for k, v in counts.items())})"
 
-    def _names(self, labels): return np.array([None if o < 0 else self.vocab[o] for o in labels.tolist()], dtype=object)
+    def _names(self, labels):
+        column = np.empty(len(labels), dtype=object)
+        column[:] = [None if o < 0 else self.vocab[o] for o in labels.tolist()]
+        return column
 
     def _known_truth(self):
         if self.truth is None: raise ValueError("the true classes are unknown: pass truth= to LPCallback.")
@@ -60,30 +77,18 @@ class LPInterpretation:
         return self.pseudo.W
 
 # %% ../nbs/02_interpret.ipynb #45068544
-def _item_names(dl):
-    "Paths, the index of a DataFrame, or positions; None if the items are something else"
-    items = getattr(dl.dataset, 'items', None)
-    if items is None: return None
-    if hasattr(items, 'iloc'):
-        index = items.index
-        return index.to_numpy() if index.dtype.kind in 'iu' else index.astype(str).to_numpy(dtype=str)
-    if all(isinstance(o, (int, np.integer)) for o in items): return np.asarray(list(items))
-    return np.array([str(o) for o in items]) if all(isinstance(o, (str, Path)) for o in items) else None
-
-
 @patch(cls_method=True)
 def from_learner(cls:LPInterpretation,
     learn, # Learner after a fit with `LPCallback`
-    truth=None, # int [n] true classes, if `LPCallback` was not given any
+    truth=None, # [n] true classes (index or name), if `LPCallback` was not given any
 ):
     "Create an interpretation of `learn.lp_record`"
     record = getattr(learn, 'lp_record', None)
     if record is None or record.pseudo is None:
         raise ValueError("this Learner has no pseudo-labels: fit it with LPCallback first. "
             "An exported Learner does not keep them; save the interpretation instead.")
-    dl = getattr(learn.dls.train, 'dl', learn.dls.train)  # a DistributedDL wraps the DataLoader
     truth = record.truth if truth is None else truth
-    return cls(record.pseudo, record.history, truth, _item_names(dl), class_names(learn.dls), dl)
+    return cls(record.pseudo, record.history, truth, record.items, record.vocab, record.dl)
 
 # %% ../nbs/02_interpret.ipynb #8ddb1dcd
 @patch
@@ -136,7 +141,32 @@ def _rows(ds, idxs):
     if isinstance(ds, Tabular): return ds.iloc[idxs].decode().items
     return ds.items.iloc[idxs] if hasattr(ds.items, 'iloc') else pd.DataFrame(index=idxs)
 
+# %% ../nbs/02_interpret.ipynb #5c430271
+@patch
+def _check_items(self:LPInterpretation):
+    "Raise a `ValueError` if the DataLoader has other items than the pseudo-labels"
+    found, positions = without_root(item_names(self.dl)), list(range(n := len(self.items)))
+    if found is None: found = positions
+    expected = without_root(self.items)
+    unnamed = expected == positions and isinstance(found[0], str)  # a file of PseudoLabels.save
+    if len(self.dl.dataset) == n and (unnamed or found == expected): return
+    raise ValueError(f"the DataLoader does not have the {n} items of the pseudo-labels in their order: the data were "
+        "replaced or changed after the fit. Pass the training DataLoader of the fit as dl= to load.")
 
+
+@patch
+def _positions(self:LPInterpretation, idxs):
+    n = len(self.items)
+    if hasattr(idxs, 'tolist') and getattr(idxs, 'ndim', 1): idxs = idxs.tolist()
+    idxs = list(idxs) if hasattr(idxs, '__iter__') and not hasattr(idxs, 'columns') else [idxs]
+    if not idxs: raise ValueError("no items to show: idxs is empty.")
+    if wrong := [o for o in idxs if isinstance(o, bool) or not hasattr(o, '__index__') or not 0 <= int(o) < n]:
+        got = repr(wrong[0]) if isinstance(wrong[0], (int, float, str)) else type(wrong[0]).__name__
+        raise ValueError(f"idxs must be positions from 0 to {n-1}, such as the index of a table, got {got}: "
+            "pass table.index for a table, and df.index[mask] for a mask.")
+    return [int(o) for o in idxs]
+
+# %% ../nbs/02_interpret.ipynb #d564448d
 @patch
 def show(self:LPInterpretation,
     idxs, # positions of the items, such as the index of any table here
@@ -144,9 +174,10 @@ def show(self:LPInterpretation,
 ):
     "Show items as images, or as a table if they are not images"
     if self.dl is None: raise ValueError("the items are not available: use from_learner, or pass dl= to load.")
-    idxs = [int(i) for i in idxs]
-    if not idxs: raise ValueError("no items to show: idxs is empty.")
+    idxs = self._positions(idxs)
+    self._check_items()
     if titles is None: titles = [f'{o.label} ({o.certainty:.2f})' for o in self.to_df().loc[idxs].itertuples()]
+    if len(titles) != len(idxs): raise ValueError(f"expected a title for each of {len(idxs)} items, got {len(titles)}.")
     images = _images(self.dl.dataset, idxs)
     if images is not None: return image_grid(images, titles)
     rows = _rows(self.dl.dataset, idxs).set_axis(idxs).assign(**{'pseudo-label': titles})
@@ -168,7 +199,9 @@ def show_errors(self:LPInterpretation,
     n:int=9, # number of items
 ):
     "Show the wrong pseudo-labels with the highest certainty (Figure 7)"
+    check(dict(n=integer(1)), n=n)
     df = self.errors()[:n]
+    if not len(df): raise ValueError("no pseudo-label with a known true class is wrong.")
     return self.show(df.index, [f'{r.truth}, taken for {r.label} ({r.certainty:.2f})' for r in df.itertuples()])
 
 # %% ../nbs/02_interpret.ipynb #93b6af12
@@ -194,12 +227,32 @@ def label_issues(self:LPInterpretation,
     return df.assign(suggested=self._names(suggested), doubt=doubt.numpy())
 
 # %% ../nbs/02_interpret.ipynb #63e2ae59
+def _plain(names):
+    "Names as an array of numbers or text: anything else as its text"
+    array = _column(names)
+    return array if array.dtype.kind in 'biufU' else np.array([str(o) for o in names], dtype=str)
+
+
+def _plain_vocab(vocab):
+    array = _plain(vocab)
+    if len(set(texts := array.tolist())) == len(texts): return array
+    twice = next(o for o in texts if texts.count(o) > 1)
+    raise ValueError(f"two classes have the same text {twice!r}, so a file cannot tell them apart: rename one of them. "
+        "Nothing was written.")
+
+
+def _scalar(o):
+    if hasattr(o, 'item'): return o.item()
+    raise ValueError(f"the history has a {type(o).__name__}, expected numbers and text. Nothing was written.")
+
+# %% ../nbs/02_interpret.ipynb #59cd728c
 @patch
 def save(self:LPInterpretation,
     fname, # path of the .npz file
 )->Path:
     "Save everything except the items themselves"
-    more = dict(items=self.items, vocab=np.asarray(self.vocab), history=json.dumps(self.history))
+    history = json.dumps(self.history, default=_scalar)
+    more = dict(items=_plain(self.items), vocab=_plain_vocab(self.vocab), history=history)
     if self.truth is not None: more['truth'] = self.truth.numpy()
     return self.pseudo.save(fname, **more)
 
@@ -213,7 +266,9 @@ def load(cls:LPInterpretation,
     f = read_npz(fname, checksum=True)
     history = json.loads(f['history'].item()) if 'history' in f else []
     vocab = f['vocab'].tolist() if 'vocab' in f else None
-    return cls(PseudoLabels.from_arrays(f, fname), history, f.get('truth'), f.get('items'), vocab, dl)
+    interp = cls(PseudoLabels.from_arrays(f, fname), history, f.get('truth'), f.get('items'), vocab, dl)
+    if dl is not None: interp._check_items()
+    return interp
 
 # %% ../nbs/02_interpret.ipynb #155b54ca
 def _find_run(fname, method, seed, labels):

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from .transductive.pseudo import PseudoLabels
+from .learner.record import encode_truth
 
 # %% ../nbs/01_plots.ipynb #c1a83768
 CORRECT, WRONG, UNLABELED = '#0072B2', '#D55E00', '#BBBBBB'
@@ -30,6 +31,18 @@ def new_axes(
     return plt.subplots(figsize=(width, height), layout='constrained')[1]
 
 # %% ../nbs/01_plots.ipynb #61afc68a
+def _known(pseudo, truth, vocab=None, among=True):
+    "Which unlabeled items to draw, bool [n], and the encoded truth; a `ValueError` if there are none"
+    free = ~pseudo.labeled.cpu()
+    if not free.any(): raise ValueError(f"there is nothing to plot: all {len(free)} items are labeled.")
+    if truth is None: return free, None
+    truth = encode_truth(truth, vocab).cpu()
+    if len(truth) != len(free): raise ValueError(f"expected one true class for each of {len(free)} items, got {len(truth)}.")
+    free &= (truth >= 0) & torch.as_tensor(among).cpu()
+    if free.any(): return free, truth
+    raise ValueError("there is nothing to plot: the true class is known of no unlabeled item that a label reaches.")
+
+
 def plot_certainty(
     pseudo:PseudoLabels,
     truth=None, # int [n], true classes, below 0 if unknown; None: draw all items in one color
@@ -37,12 +50,11 @@ def plot_certainty(
     bins:int=25, # between 0 and 1
 ):
     "Plot a histogram of the certainty of the unlabeled items (Figure 5)"
-    ax = ax or new_axes()
-    free, omega = ~pseudo.labeled.cpu(), pseudo.certainty.cpu()
+    free, truth = _known(pseudo, truth)
+    omega, ax = pseudo.certainty.cpu(), ax or new_axes()
     if truth is None: ax.hist(omega[free].numpy(), bins=bins, range=(0, 1), color=CORRECT)
     else:
-        truth = torch.as_tensor(truth).cpu()
-        right, free = pseudo.labels.cpu() == truth, free & (truth >= 0)
+        right = pseudo.labels.cpu() == truth
         groups = {'correct': free & right, 'wrong': free & ~right}
         ax.hist([omega[o].numpy() for o in groups.values()], bins=bins, range=(0, 1), stacked=True,
             color=[CORRECT, WRONG], label=[f'{name} ({o.sum():,})' for name, o in groups.items()])
@@ -56,12 +68,14 @@ def plot_accuracy(
     ax=None, # matplotlib axes; None: a new figure
 ):
     "Plot the accuracy of the pseudo-labels and of the network's predictions by epoch (Figure 4)"
-    rows = [r for r in history if r['accuracy'] is not None]
-    if not rows: raise ValueError("the accuracy is unknown: pass truth=, the true classes of the training items, to LPCallback.")
+    def known(key): return [r for r in history if r.get(key) is not None and not math.isnan(r[key])]
+    if not known('accuracy'):
+        raise ValueError("the accuracy is unknown: pass truth=, the true classes of the training items, to LPCallback.")
     ax = ax or new_axes()
-    epochs = [r['epoch'] for r in rows]
-    ax.plot(epochs, [100*r['accuracy'] for r in rows], 'o-', ms=3, color=CORRECT, label='pseudo-labels')
-    ax.plot(epochs, [100*r['network_accuracy'] for r in rows], 's--', ms=3, color=WRONG, label='network prediction')
+    curves = dict(accuracy=('o-', CORRECT, 'pseudo-labels'), network_accuracy=('s--', WRONG, 'network prediction'))
+    for key, (style, color, label) in curves.items():
+        epochs, values = [r['epoch'] for r in known(key)], [100*r[key] for r in known(key)]
+        if values: ax.plot(epochs, values, style, ms=3, color=color, label=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel='epoch', ylabel='accuracy (%)', title='Accuracy on unlabeled items')
     ax.legend()
@@ -75,13 +89,15 @@ def plot_confusion_matrix(
     ax=None, # matplotlib axes; None: a new figure that grows with the number of classes
 ):
     "Plot the true classes against the pseudo-labels of the unlabeled items"
-    truth, c = torch.as_tensor(truth).cpu(), len(pseudo.class_weights)
+    c = len(pseudo.class_weights)
     names = [str(o) for o in (range(c) if vocab is None else vocab)]
+    if len(names) != c: raise ValueError(f"vocab must have {c} class names, got {len(names)}.")
+    counted, truth = _known(pseudo, truth, vocab, pseudo.reached)
     if ax is None: ax = new_axes(*(1.5+.45*c,)*2)
-    counted = (~pseudo.labeled & pseudo.reached).cpu() & (truth >= 0)
     rotation = 'vertical' if max(map(len, names)) > 2 else 'horizontal'
+    shown = [o.replace('$', r'\$') for o in names]  # a dollar sign would start a formula
     ConfusionMatrixDisplay.from_predictions(truth[counted], pseudo.labels.cpu()[counted], labels=range(c),
-        display_labels=names, cmap='Blues', colorbar=False, xticks_rotation=rotation, ax=ax)
+        display_labels=shown, cmap='Blues', colorbar=False, xticks_rotation=rotation, ax=ax)
     ax.set(xlabel='pseudo-label', ylabel='true class')
     return ax
 
@@ -91,6 +107,8 @@ def image_grid(
     titles:list, # one for each image
 ):
     "Show images in a grid, each with a title; returns the figure"
+    if not len(images): raise ValueError("there are no images to show.")
+    if len(titles) != len(images): raise ValueError(f"expected a title for each of {len(images)} images, got {len(titles)}.")
     rows = max(1, round((len(images)/2)**.5))
     cols = math.ceil(len(images)/rows)
     fig, axes = plt.subplots(rows, cols, figsize=(1.7*cols, 1.9*rows), squeeze=False, layout='constrained')
@@ -98,5 +116,5 @@ def image_grid(
     for ax, image, title in zip(axes.flat, images, titles):
         if hasattr(image, 'show'): image.show(ctx=ax)
         else: show_image(image, ctx=ax)
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=9, parse_math=False)
     return fig

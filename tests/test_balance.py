@@ -1,6 +1,7 @@
 "Temperature and Sinkhorn balancing of class scores."
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,23 @@ def test_mean_row_becomes_the_prior(prior, seed):
     B = balanced(P, prior.double())
     torch.testing.assert_close(B.mean(0), prior, rtol=0, atol=3e-6)
     torch.testing.assert_close(B.sum(1), torch.ones(len(P)))
+
+
+@pytest.mark.parametrize('prior', [torch.tensor([.5, .25, .125, .125]), np.array([.5, .25, .125, .125], dtype=np.float32),
+    np.array([.5, .25, .125, .125])[::-1][::-1], [.5, .25, .125, .125]], ids=['float32', 'array32', 'array', 'list'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_prior_and_scores_of_any_precision(prior, dtype):
+    P = sharpened(scores().to(dtype))
+    expected = balanced(P, torch.tensor([.5, .25, .125, .125]).double())
+    for same in (P, P.numpy(), P.T.contiguous().T):
+        B = balanced(same, prior)
+        assert B.dtype == dtype
+        torch.testing.assert_close(B, expected)
+
+
+@pytest.mark.parametrize('prior', [[1.], [.5, .5], torch.ones(200, 4)])
+def test_prior_of_another_length(prior):
+    with pytest.raises(ValueError, match='one number per column'): balanced(sharpened(scores()), prior)
 
 
 def test_each_class_has_one_factor():
@@ -64,7 +82,8 @@ def test_prior():
     assert class_prior(torch.tensor([3., 1]), y, 2).tolist() == [.75, .25]
 
 
-@pytest.mark.parametrize('bad', ['flat', [1, 2, 3], [1, 0], [1, -1], [1, math.nan], [1, math.inf], None])
+@pytest.mark.parametrize('bad', ['flat', {1: 2, 2: 3}, ['a', 'b'], [[1, 2]],
+    [1, 2, 3], [1, 0], [1, -1], [1, math.nan], [1, math.inf], None])
 def test_invalid_prior(bad):
     with pytest.raises(ValueError, match='prior must'): class_prior(bad, torch.tensor([0, 1]), 2)
 

@@ -15,8 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastai_lp.experiments import commands
 from fastai_lp.experiments.commands import lp_train, run_experiment
+from fastai_lp.experiments.figures import lp_figures
 from fastai_lp.experiments.recipes import RECIPES
+from fastai_lp.experiments.report import lp_tables
 from fastai_lp.experiments.results import plot_runs, read_lines, row_name, summarize, to_markdown
 from fastai_lp.utils.files import read_json_lines
 
@@ -237,7 +240,7 @@ def test_splits_that_do_not_fit(cifar_like, tmp_path, splits, split, match):
 @pytest.mark.parametrize('kwargs, match', [(dict(methods='lp,svm'), r'unknown method\(s\) svm'),
     (dict(labels=25), 'multiple of 10'), (dict(labels=0), 'multiple of 10'), (dict(n_train=100), 'part of scikit-learn'),
     (dict(network='vgg'), "got 'vgg'"), (dict(network='convnet13'), "use 'small'"), (dict(epochs='5,0'), 'epochs must be'),
-    (dict(split='9-3'), 'must be numbers'), (dict(seeds=0), 'at least one'), (dict(dataset='cifar'), "unknown dataset 'cifar'"),
+    (dict(split='9-3'), 'must be numbers'), (dict(seeds=0), 'seeds must be an integer'), (dict(dataset='cifar'), "unknown dataset 'cifar'"),
     (dict(dataset='mini_imagenet'), 'pass data'), (dict(dataset='cifar10', data='nowhere'), 'nowhere')], ids=str)
 def test_wrong_calls(kwargs, match, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -251,3 +254,61 @@ def test_a_wrong_call_has_no_traceback():
     assert res.returncode != 0
     assert 'finds no CUDA GPU' in res.stderr
     assert 'Traceback' not in res.stderr
+
+
+@pytest.mark.parametrize('kwargs, match', [(dict(seeds=-1), 'seeds must be'), (dict(methods=''), "separated by commas, .* got ''"),
+    (dict(methods='lp,,mt'), "got 'lp,,mt'"), (dict(device='gpu'), "device must be .* got 'gpu'"), (dict(device=''), "got ''"),
+    (dict(device='meta'), "got 'meta'"), (dict(split='0-99999999999'), '100,000,000,000 runs'), (dict(seeds=10**9), '1,000,000,000 runs'),
+    (dict(dataset='cifar10', data='x', n_train=0), 'n_train must be'), (dict(dataset='cifar10', data='x', n_test=-5), 'n_test must be'),
+    (dict(splits='lists/{split}{x}.txt', split='0'), r'lists/0\{x\}.txt'), (dict(labels=-10), 'labels must be')], ids=str)
+def test_wrong_values_are_a_sentence(kwargs, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=match): lp_train(**{'dataset': 'digits', **kwargs})
+    assert not list(tmp_path.iterdir())
+
+
+def in_the_way(folder, kind):
+    "Something in `folder` that keeps lp_train from writing; returns its --out"
+    if kind == 'file': (folder/'x').write_text('')
+    elif kind == 'below a file': (folder/'y').write_text('')
+    elif kind in ('jsonl', 'png'): (folder/'x'/f'digits.{kind}').mkdir(parents=True)
+    else:
+        (folder/'x').mkdir()
+        (folder/'x'/'digits.jsonl').write_bytes({'not json': b'{"a": 1}\nx\n{}\n', 'binary': b'\xff\xfe\n', 'other': b'[1]\n'}[kind])
+    return folder/('y/x' if kind == 'below a file' else 'x')
+
+
+@pytest.mark.parametrize('kind, match', [('file', r'x \(File exists\): choose a writable folder'),
+    ('below a file', 'choose a writable folder'), ('jsonl', 'digits.jsonl is a folder'),
+    ('png', 'digits.png is a folder'), ('not json', 'line 2: this is not JSON'),
+    ('binary', 'line 1: this is not JSON'), ('other', 'line 1: this is not a run')])
+def test_results_that_cannot_be_written_stop_the_program_before_the_training(kind, match, tmp_path, monkeypatch):
+    out = in_the_way(tmp_path, kind)
+    monkeypatch.setattr(commands, 'run_method', lambda *a, **k: pytest.fail('has trained'))
+    with pytest.raises(SystemExit, match=match): lp_train('digits', methods='diffusion', seeds=1, out=str(out), device='cpu')
+
+
+def test_a_line_that_was_cut_is_written_again(tmp_path):
+    def call(seeds): lp_train('digits', methods='diffusion', seeds=seeds, out=str(tmp_path), device='cpu')
+    call(1)
+    file = tmp_path/'digits.jsonl'
+    whole = file.read_text()
+    file.write_text(whole + whole[:200])
+    with pytest.warns(UserWarning, match='incomplete'): call(2)
+    assert file.read_text().startswith(whole)
+    assert [r['seed'] for r in read_lines(file)] == [0, 1]
+
+
+@pytest.mark.parametrize('changes', [dict(seconds=None), dict(recipe={}), dict(recipe=3), dict(history=3), dict(error_rate='x'),
+    dict(labels='x'), dict(name=3), dict(data=5)], ids=str)
+def test_a_line_that_is_no_run_is_a_sentence(changes, digits_runs, tmp_path):
+    (tmp_path/'digits.jsonl').write_text(json.dumps(digits_runs[0][0] | changes) + '\n')
+    for call in (lp_tables, lp_figures):
+        with pytest.raises(SystemExit, match='line 1: this is not a run of lp_train'): call(str(tmp_path))
+
+
+def test_tables_and_figures_that_cannot_be_written(digits_runs, tmp_path):
+    (tmp_path/'file').write_text('')
+    for call in (lp_tables, lp_figures):
+        with pytest.raises(SystemExit, match='file'): call(str(digits_runs[1]), out=str(tmp_path/'file'/'x'))
+    with pytest.raises(SystemExit, match="unknown dataset 'cifar'"): lp_figures(str(digits_runs[1]), dataset='cifar')

@@ -107,3 +107,29 @@ def test_labels_that_cannot_be_judged_are_not_reported():
     assert not {2, 30} & set(label_issues(W, y).items.tolist())
     y[12] = 1  # now class 1 has another label, but item 2 is closer to the zeros
     assert 2 in label_issues(W, y).items.tolist()
+
+
+# Wrong calls
+
+@pytest.mark.parametrize('kwargs, match', [(dict(m=2.5), 'got 2.5'), (dict(m='5'), "got '5'"), (dict(m=None), 'got None'),
+    (dict(m=-1), 'got -1'), (dict(m=True), 'got True'), (dict(pool=0), 'pool must be'), (dict(pool=2.5), 'pool must be'),
+    (dict(seed=-1), 'seed must be'), (dict(alpha=1), 'alpha must be'), (dict(W=None), 'W must be a graph .* got NoneType'),
+    (dict(W=torch.eye(40)), 'W must be a graph'), (dict(labeled=torch.zeros(40)), 'one boolean per item'),
+    (dict(labeled=torch.ones(40) > 0), 'nothing is left to label: all 40'),
+    (dict(certainty=torch.full((40,), torch.nan)), 'got NaN')])
+def test_suggestions_from_wrong_values(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        suggest(**dict(W=small(), labeled=torch.arange(40) < 4, certainty=torch.zeros(40), m=2) | kwargs)
+
+
+@pytest.mark.parametrize('kwargs, match', [(dict(seeds='squared'), 'seeds must be'), (dict(alpha=2), 'alpha must be'),
+    (dict(W=None), 'W must be a graph'), (dict(y=torch.full((40,), -1)), 'no item is labeled')])
+def test_issues_from_wrong_values(kwargs, match):
+    with pytest.raises(ValueError, match=match): label_issues(**dict(W=small(), y=torch.arange(40) % 4 - 1) | kwargs)
+
+
+def test_labeled_and_certainty_may_be_arrays():
+    W, labeled, omega = small(), torch.arange(40) < 4, torch.rand(40, generator=torch.Generator().manual_seed(0))
+    found = suggest(W, labeled, omega, 5)
+    for other in (suggest(W, labeled.numpy(), omega.numpy(), 5), suggest(W, labeled.tolist(), omega.tolist(), 5)):
+        assert torch.equal(found.items, other.items)

@@ -1,11 +1,16 @@
 "LabelDiffusion equals `propagate`; new rows, input types, errors. The page `estimator` runs scikit-learn's checks."
+import copy
 import pickle
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.model_selection import cross_val_score
 
 from fastai_lp.estimator import LabelDiffusion
 from fastai_lp.learner.splitting import hide_labels
@@ -81,6 +86,139 @@ def test_missing_labels(y, expected):
     assert LabelDiffusion(k=2).fit(X, np.asarray(y)).transduction_.tolist() == expected
 
 
+three, names = truth[truth < 3][:90], np.array(['a', 'b', 'c'])[truth[truth < 3][:90]]
+rows, shown = pixels[truth < 3][:90], hide_labels(three, n=5)[0] >= 0
+
+
+def hidden(values, missing): return [o if is_shown else missing for o, is_shown in zip(values, shown)]
+
+
+def fit_quietly(y, **params):
+    "The fitted model; a warning is an error"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        return LabelDiffusion(**params).fit(rows, y)
+
+
+@pytest.fixture(scope='module')
+def expected(): return LabelDiffusion().fit(rows, np.where(shown, three, -1)).transduction_
+
+
+MISSING = [-1, -1., np.int8(-1), None, float('nan'), pd.NA, pd.NaT, '']
+
+
+@pytest.mark.parametrize('missing', MISSING, ids=repr)
+@pytest.mark.parametrize('container', [list, tuple, lambda y: np.array(y, dtype=object), lambda y: pd.Series(y, dtype=object),
+    lambda y: [np.str_(o) if isinstance(o, str) else o for o in y]], ids=['list', 'tuple', 'array', 'Series', 'np.str_'])
+def test_text_with_missing_labels_in_lists(expected, container, missing):
+    model = fit_quietly(container(hidden(names.tolist(), missing)))
+    assert model.classes_.tolist() == ['a', 'b', 'c']
+    np.testing.assert_array_equal(model.transduction_, np.array(['a', 'b', 'c'])[expected])
+
+
+@pytest.mark.parametrize('missing', [-1, -1., float('nan')], ids=repr)
+def test_array_of_text_that_swallowed_missing_labels(missing):
+    assigned = three.astype(str)
+    assigned[~shown] = missing
+    for y in (np.array(hidden(names.tolist(), missing)), assigned, assigned.astype(np.dtypes.StringDType())):
+        with pytest.raises(ValueError, match=f"array of text with '{missing}'"): LabelDiffusion().fit(rows, y)
+
+
+@pytest.mark.parametrize('missing,text', [(-1, '-'), (float('nan'), 'n')])
+def test_missing_labels_cut_to_one_character(missing, text):
+    y = names.copy()
+    y[~shown] = missing
+    with pytest.warns(UserWarning, match=f"'{text}' in y is taken as a class"): LabelDiffusion().fit(rows, y)
+    fit_quietly(np.array(['+', '-'])[(three > 0).astype(int)])
+    fit_quietly(np.array(['y', 'n'])[(three > 0).astype(int)])
+
+
+@pytest.mark.parametrize('name', ['nan', '-1', 'None'])
+def test_class_named_like_a_missing_label(expected, name):
+    y = hidden(np.array(['a', 'b', name])[three].tolist(), None)
+    for container in (list, pd.Series):
+        with pytest.warns(UserWarning, match=f"'{name}' in y is taken as a class"): model = LabelDiffusion().fit(rows, container(y))
+        np.testing.assert_array_equal(model.transduction_, np.array(['a', 'b', name])[expected])
+
+
+@pytest.mark.parametrize('y', [[0, 1, 2, -1, None], np.array([0, 1, 2, -1, np.nan]), pd.Series([0, 1, 2, -1, None], dtype='Int64')])
+def test_two_marks_of_missing_numbers(y):
+    with pytest.warns(UserWarning, match='both −1 and other missing labels'): model = LabelDiffusion(k=2).fit(np.eye(5) + .1, y)
+    assert model.classes_.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize('y', [['a', 1, None], ['a', True, -1], np.array([1, 'b', ''], dtype=object)])
+def test_text_mixed_with_numbers(y):
+    with pytest.raises(ValueError, match='the labels are of mixed types'): LabelDiffusion(k=1).fit(np.eye(3), y)
+
+
+NULLABLE = ['Int64', 'UInt8', 'Float64', 'float32', 'category', 'object']
+
+
+@pytest.mark.parametrize('dtype', NULLABLE)
+def test_numbers_with_missing_labels(expected, dtype):
+    y = pd.Series(hidden(three.tolist(), None), dtype=dtype)
+    for labels in (y, y.array, pd.Index(y), y.to_frame()[0], y[::-1][::-1]):
+        model = fit_quietly(labels)
+        assert model.classes_.tolist() == [0, 1, 2]
+        np.testing.assert_array_equal(model.transduction_, expected)
+
+
+@pytest.mark.parametrize('y', [np.array(hidden(three.tolist(), np.nan)), np.ma.masked_array(three, ~shown),
+    hidden(three.tolist(), pd.NA), torch.tensor(np.where(shown, three, -1)), hidden([np.uint8(o) for o in three], None)],
+    ids=['NaN', 'masked', 'NA', 'tensor', 'uint8'])
+def test_numbers_with_missing_labels_in_arrays(expected, y): np.testing.assert_array_equal(fit_quietly(y).transduction_, expected)
+
+
+@pytest.mark.parametrize('dtype', ['string', 'str', 'category'])
+def test_columns_of_text(expected, dtype):
+    model = fit_quietly(pd.Series(hidden(names.tolist(), None), dtype=dtype))
+    np.testing.assert_array_equal(model.transduction_, np.array(['a', 'b', 'c'])[expected])
+
+
+@pytest.mark.parametrize('y', [pd.Series(hidden((three > 0).tolist(), None), dtype='boolean'), hidden((three > 0).tolist(), pd.NA)])
+def test_booleans_with_missing_labels(y):
+    model = fit_quietly(y)
+    assert model.classes_.tolist() == [False, True]
+    assert (model.transduction_ == (three > 0)).mean() > .9
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.uint32, np.uint64])
+def test_unsigned_labels(dtype):
+    model = fit_quietly(three.astype(dtype))
+    assert model.classes_.dtype == model.transduction_.dtype == dtype
+    assert model.predict(np.r_[rows[:1], 0*rows[:1]]).tolist() == [three[0], -1]
+    cast = np.where(shown, three, -1).astype(dtype)
+    with pytest.warns(UserWarning, match='also what −1 becomes as uint'): LabelDiffusion().fit(rows, cast)
+
+
+def test_dates():
+    days = np.array(['2024-01-01', '2025-01-01', '2026-01-01'], dtype='datetime64[D]')[three]
+    model = fit_quietly(np.where(shown, days, np.datetime64('NaT')))
+    assert len(model.classes_) == 3
+    assert (model.transduction_ == days).mean() > .9
+    assert np.isnat(model.predict(0*rows[:1])).all()
+    with pytest.raises(ValueError, match='got Timestamp such as'): LabelDiffusion().fit(rows, pd.Series(days).dt.tz_localize('UTC'))
+
+
+@pytest.mark.parametrize('params', [dict(k=np.int64(5)), dict(k=np.uint8(5)), dict(k=5, max_iter=np.int32(20)),
+    dict(k=5, gamma=np.float32(3)), dict(k=5, gamma=np.int64(3)), dict(k=5, tol=np.float64(1e-6)), dict(k=5, alpha=np.float64(.99))])
+def test_numpy_settings(params):
+    y = np.where(shown, three, -1)
+    model, plain = fit_quietly(y, **params), fit_quietly(y, k=5)
+    np.testing.assert_array_equal(model.label_distributions_, plain.label_distributions_)
+    np.testing.assert_array_equal(model.predict_proba(rows[:9]), plain.predict_proba(rows[:9]))
+    assert clone(model).get_params() == model.get_params()
+
+
+def test_labels_that_are_refused_leave_the_model_as_it_was():
+    model = LabelDiffusion().fit(rows, np.where(shown, three, -1))
+    before = model.predict_proba(rows)
+    with pytest.raises(ValueError, match='no row is labeled'): model.fit(rows[:50], np.full(50, -1))
+    np.testing.assert_array_equal(model.predict_proba(rows), before)
+    assert model.classes_.tolist() == [0, 1, 2]
+
+
 def test_minus_one_and_a_single_class_are_two_classes():
     with pytest.warns(UserWarning, match='both are taken as classes'):
         model = LabelDiffusion().fit(pixels[:50], np.where(truth[:50] < 5, -1, 1))
@@ -105,13 +243,17 @@ def test_suggested_rows_are_unlabeled(fitted):
 
 
 @pytest.mark.parametrize('params,y,match', [
+    (dict(k=5.), None, 'k must be an integer of at least 1 or None, got 5.0'),
+    (dict(k=np.float64(5)), None, 'k must be an integer'),
+    (dict(gamma=np.inf), None, 'gamma must be a number above 0, got inf'),
     (dict(k=0), None, 'k must be an integer of at least 1 or None, got 0'),
     (dict(alpha=1), None, 'alpha must be'),
     (dict(affinity='rbf'), None, "affinity must be 'cosine' or 'precomputed', got 'rbf'"),
     (dict(device=0), None, 'device must be'),
     (dict(), np.full(20, -1), 'no row is labeled'),
     (dict(), np.zeros(19, int), '19 labels for 20 rows'),
-    (dict(), np.full(20, np.nan), 'NaN')])
+    (dict(), np.full(20, np.nan), 'no row is labeled'),
+    (dict(), np.full(20, np.inf), 'infinity')])
 def test_invalid_arguments(params, y, match):
     with pytest.raises(ValueError, match=match): LabelDiffusion(**params).fit(pixels[:20], truth[:20] if y is None else y)
 
@@ -119,3 +261,60 @@ def test_invalid_arguments(params, y, match):
 def test_invalid_affinity_shape():
     with pytest.raises(ValueError, match=r'must have shape \[n, n\], got \(9, 8\)'):
         LabelDiffusion(affinity='precomputed').fit(np.ones((9, 8)), np.arange(9) % 2)
+
+
+def test_deepcopy_of_a_fitted_model(fitted):
+    model, _ = fitted
+    again = copy.deepcopy(model)
+    np.testing.assert_array_equal(again.predict(pixels[:99]), model.predict(pixels[:99]))
+    np.testing.assert_array_equal(again.suggest(5), model.suggest(5))
+    assert again.label_issues().equals(model.label_issues())
+
+
+@pytest.mark.parametrize('missing', [-1, None, np.nan], ids=repr)
+def test_score_leaves_out_rows_without_label(missing):
+    y = hide_labels(truth[:600], n=5)[0]
+    model = LabelDiffusion().fit(pixels[:600], y)
+    asked = np.arange(600) % 2 == 0
+    labels, weight = np.where(asked, truth[:600], missing), np.arange(600.)
+    assert model.score(pixels[:600], labels) == model.score(pixels[:600][asked], truth[:600][asked])
+    assert model.score(pixels[:600], labels, weight) == model.score(pixels[:600][asked], truth[:600][asked], weight[asked])
+    one = np.where(np.arange(600) < 3, truth[0], -1)
+    assert model.score(pixels[:600], one) == (model.predict(pixels[:3]) == truth[0]).mean()
+    assert cross_val_score(LabelDiffusion(), pixels[:600], y).min() > .7
+    with pytest.raises(ValueError, match='no row is labeled'): model.score(pixels[:600], np.full(600, -1))
+
+
+def test_score_of_a_class_minus_one():
+    y = np.where(truth[:600] < 5, -1, 1)
+    with pytest.warns(UserWarning, match='both are taken'): model = LabelDiffusion().fit(pixels[:600], y)
+    assert model.score(pixels[:600], y) == (model.predict(pixels[:600]) == y).mean()
+
+
+@pytest.mark.parametrize('convert', [np.asarray, sp.csr_array])
+@pytest.mark.parametrize('scale', [1e200, 1e-200, 2.**-500])
+def test_rows_of_extreme_length(fitted, convert, scale):
+    model, y = fitted
+    other = LabelDiffusion().fit(convert(pixels*scale), y)
+    assert (other.transduction_ == model.transduction_).mean() > .99
+    assert (model.predict(convert(pixels[:200]*scale)) == model.predict(convert(pixels[:200]))).all()
+
+
+@pytest.mark.parametrize('scale', [1e300, 1e-200])
+def test_precomputed_affinity_of_extreme_scale(fitted, scale):
+    model, y = fitted
+    other = LabelDiffusion(affinity='precomputed').fit(model.affinity_.astype(float)*scale, y)
+    np.testing.assert_allclose(other.label_distributions_, model.label_distributions_, atol=1e-4)
+
+
+@pytest.mark.parametrize('X', [torch.tensor(pixels, requires_grad=True), torch.tensor(pixels).bfloat16(), torch.tensor(pixels).half()],
+    ids=['gradient', 'bfloat16', 'half'])
+def test_tensors_from_a_network(fitted, X):
+    model, y = fitted
+    np.testing.assert_array_equal(LabelDiffusion().fit(X, y).predict(X), model.predict(pixels))
+
+
+@pytest.mark.parametrize('params', [dict(k=0), dict(k=5.), dict(gamma='3')])
+def test_settings_changed_after_fit(params):
+    model = LabelDiffusion().fit(pixels[:50], truth[:50]).set_params(**params)
+    with pytest.raises(ValueError, match='must be'): model.predict(pixels[:5])

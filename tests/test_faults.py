@@ -17,6 +17,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import CancelFitException
+from fastai.callback.schedule import fine_tune  # chkstyle: ignore (adds Learner.fine_tune)
+from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock, TransformBlock
 from fastai.data.core import Datasets
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
@@ -26,6 +29,7 @@ from torch import nn
 
 from conftest import Break, Look, blob_learner, blob_model, blobs, flat_weights, quiet, state_of
 from fastai_lp.experiments.results import read_lines
+from fastai_lp.estimator import LabelDiffusion
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize
@@ -98,6 +102,19 @@ def test_invalid_labels(shows, y, what, match):
     with shows.error(LABELS, what, match): propagate(torch.eye(3), torch.tensor(y), 2)
 
 
+@pytest.mark.parametrize('y_block, y, what, match', [(CategoryBlock, np.nan, '`CategoryBlock` and a missing label', 'use SemiCategoryBlock'),
+    (MultiCategoryBlock, ['a', 'b'], 'several labels per item', 'one integer target per item'),
+    (RegressionBlock, .5, 'numbers as targets (regression)', 'one integer target per item')])
+def test_targets_that_are_not_one_class(shows, y_block, y, what, match):
+    block = DataBlock((TransformBlock, y_block), get_y=lambda i: y)
+    with shows.error(LABELS, what, match): block.semi_dataloaders(list(range(20)), bs=4, num_workers=0)
+
+
+def test_validate_on_unlabeled_items(shows, learn):
+    with shows.warning(LABELS, '`learn.validate(dl=)` on unlabeled items', 'are unlabeled: metrics', 'They are evaluated.'):
+        learn.validate(dl=learn.dls.train.new(shuffle=False))
+
+
 def test_a_label_outside_the_vocab(shows):
     with shows.error(LABELS, 'a label is not in the vocab', "label 'bird' is not in the vocab", KeyError):
         SemiCategorize(vocab=['cat', 'dog']).encodes('bird')
@@ -114,6 +131,23 @@ def test_the_model_has_another_number_of_classes(shows, data):
 def test_labels_of_mixed_types(shows, labels):
     with shows.error(LABELS, f'labels {labels}', 'the labels are of mixed types'):
         Datasets(range(len(labels)), [[], [Look(labels), SemiCategorize()]])
+
+
+def test_labels_that_numpy_converted_to_text(shows):
+    y = np.array(['ant', 'bee', -1])
+    with shows.error(LABELS, "`LabelDiffusion().fit(X, np.array(['ant', 'bee', -1]))`", "array of text with '-1'"):
+        LabelDiffusion().fit(np.eye(3), y)
+    assert LabelDiffusion(k=1).fit(np.eye(3)+1, ['ant', 'bee', -1]).classes_.tolist() == ['ant', 'bee']
+
+
+def test_labels_with_missing_values_in_arrays(shows):
+    with shows.error(LABELS, 'labels have missing values, arrays', 'pandas.factorize'): propagate(torch.eye(3), [0, 1, None])
+    assert propagate(torch.eye(3), pd.factorize(np.array(['ant', 'bee', None]))[0]).labels.tolist()[:2] == [0, 1]
+
+
+def test_settings_that_are_not_integers(shows):
+    with shows.error(FEATURES, '`LPCallback(k=10.)`', 'got 10.0'): LPCallback(k=10.)
+    assert LPCallback(k=np.int64(10)).labeler.k == 10
 
 
 @pytest.mark.parametrize('labels, n', [([1, np.int64(2), None, 3., float('nan')], 3), (['a', np.str_('b'), None, ''], 2)])
@@ -544,6 +578,12 @@ def test_damaged_results(shows, tmp_path):
 
 # Interrupted or failed fits (see also test_no_trace.py)
 
+def test_a_tracker_on_a_column_that_does_not_exist(shows, learn):
+    stop = EarlyStoppingCallback(monitor='lp_accuracy')
+    with shows.error(STOPPED, 'a tracker on `lp_accuracy`, without `truth=`', 'is not a column of this fit'):
+        learn.fit(1, cbs=[LPCallback(), stop])
+
+
 @pytest.mark.parametrize('error', [RuntimeError('mine'), CancelFitException()], ids=['error', 'cancelled'])
 def test_another_callback_ends_the_fit(shows, error):
     learn, ours = blob_learner(), [LPCallback(), MeanTeacherCallback()]
@@ -558,6 +598,20 @@ def test_another_callback_ends_the_fit(shows, error):
             'callbacks are as before the fit. The weights are those of the last step. The next fit works.')
     else: shows.result(STOPPED, 'another callback cancels a batch, an epoch or the fit', 'As usual in fastai. Loss, '
         'metrics, hooks, data and callbacks are as before the fit.')
+
+
+def test_the_same_callback_twice(shows, tmp_path):
+    learn = blob_learner(cbs=[LPCallback(), MeanTeacherCallback(), ResumeCallback(tmp_path/'run.pth')])
+    what = '`LPCallback`, `MeanTeacherCallback` or `ResumeCallback` is in a fit twice'
+    with shows.error(STOPPED, what, 'LPCallback is in the fit twice'): learn.fit(1, cbs=LPCallback())
+    assert not list(tmp_path.iterdir())
+    learn.fit(1)
+
+
+def test_fine_tune_with_other_settings(shows, tmp_path):
+    def tune(lr): blob_learner().fine_tune(1, lr, cbs=[LPCallback(), ResumeCallback(tmp_path/'run.pth')])
+    tune(1e-2)
+    with shows.error(FILES, 'file of `ResumeCallback`: `fine_tune` with another learning rate', 'lr up to 0.01 in the file'): tune(1e-3)
 
 
 PLACES = {'features are extracted': lambda m, stop: m.hooks.append(lambda training: None if training else stop()),

@@ -9,6 +9,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import lr_find  # chkstyle: ignore (adds Learner.lr_find)
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_learner
+from fastai.metrics import F1Score, Perplexity, accuracy
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -240,3 +241,19 @@ def test_lr_find_and_inference_make_no_teacher(data, tmp_path):
     (lambda: MeanTeacherCallback(weight=-1), 'weight must be a number of at least 0')], ids=['plain', 'mixup', 'decay', 'weight'])
 def test_errors(make, match):
     with pytest.raises(ValueError, match=match): make()
+
+
+@pytest.mark.parametrize('metrics', [[accuracy], [accuracy, F1Score(average='macro')], [Perplexity()]], ids=['average', 'stored', 'loss'])
+def test_metrics_of_the_training_set(data, metrics):
+    "Recorder(train_metrics=True): the teacher is evaluated on the validation set only"
+    learn = blob_learner(data)
+    learn.metrics = metrics
+    learn.recorder.train_metrics = True
+    learn.fit(2, 1e-2, cbs=[LPCallback(), MeanTeacherCallback()])
+    for row in learn.recorder.values:
+        row = dict(zip(learn.recorder.metric_names[1:], row))
+        for m in learn.metrics:
+            assert row[f'train_teacher_{m.name}'] is None
+            assert isinstance(row[f'train_{m.name}'], float)
+    with teacher_in_place(learn): teacher = learn.validate()
+    assert [row[f'valid_teacher_{m.name}'] for m in learn.metrics] == pytest.approx(teacher[-len(metrics):])

@@ -8,6 +8,7 @@ __all__ = ['read_images', 'run_experiment', 'lp_train']
 # %% ../../nbs/experiments/11_commands.ipynb #13a700cf
 import hashlib
 import json
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from fastcore.script import call_parse, store_true
 
 from ..utils.files import read_npz, atomic_write
 from ..transductive.neighbors import default_k
+from ..transductive.settings import check, integer, optional
 from .datasets import ImageArrays, digits
 from .readers import cifar10, cifar100, mini_imagenet
 from .recipes import METHODS, RECIPES, Recipe, file_name
-from .results import add_line, plot_runs, summarize, to_markdown
+from .results import add_line, plot_runs, read_lines, summarize, to_markdown
 from .splits import show_labels
 from .train import run_method
 
@@ -43,11 +45,13 @@ def read_images(
 
 def _show(images, labels, file, split):
     "The labels of a split"
+    if file is None and (labels < (c := images.n_classes) or labels % c):
+        raise ValueError(f"labels must be a multiple of {c}, the same number for each class, got {labels}")
     if file is None: return show_labels(images, labels, seed=split)
     if Path(file).suffix == '.npz': return show_labels(images, labels, file=file, split=split)
     if '{split}' not in str(file):
         raise ValueError(f"splits must be an .npz file, or a label list such as lists/{{split}}.txt, got {str(file)!r}")
-    shown = show_labels(images, file=(file := str(file).format(split=split)))
+    shown = show_labels(images, file=(file := str(file).replace('{split}', str(split))))
     if (n := (shown.shown >= 0).sum()) != labels: raise ValueError(f"{file} has {n} labels, expected {labels}")
     return shown
 
@@ -74,7 +78,7 @@ def run_experiment(
     recipe = recipe or RECIPES[dataset]
     if n_train is not None and recipe.k: recipe = replace(recipe, k=min(recipe.k, default_k(len(images.train))))
     shown = {o: _show(images, labels, split_file, o) for o in splits}
-    out.mkdir(parents=True, exist_ok=True)
+    _check_out(out, dataset)
     bar = progress_bar(range(len(splits)*sum(_epochs(m, recipe) for m in methods)))
     bar.update(0)
     def report(): bar.update(bar.last_v + 1)
@@ -110,7 +114,13 @@ def _numbers(text):
         parts = [[int(o) for o in part.split('-')] for part in text.split(',')]
         if any(len(o) > 2 or o[0] > o[-1] for o in parts): raise ValueError
     except ValueError: raise ValueError(f"split must be numbers such as 10 or 10,12 or 10-19, got {text!r}") from None
-    return [i for o in parts for i in range(o[0], o[-1]+1)]
+    return _limited([range(o[0], o[-1]+1) for o in parts], f'--split {text}')
+
+
+def _limited(ranges, what, most=10_000):
+    "The different numbers of some ranges, if there are not too many"
+    if (n := sum(map(len, ranges))) > most: raise ValueError(f"{what} asks for {n:,} runs per method, expected {most:,} at most")
+    return list(dict.fromkeys(i for o in ranges for i in o))
 
 
 def _stages(text):
@@ -120,18 +130,42 @@ def _stages(text):
     if len(stages) > 2 or min(stages) < 1: raise ValueError(f"epochs must be 180 or 5,15 or the like, got {text!r}")
     return dict(stage1=stages[0], stage2=stages[-1])
 
-
-def _check(dataset, device):
+# %% ../../nbs/experiments/11_commands.ipynb #4501a225
+def _check(dataset, device, seeds, **counts):
     if dataset not in RECIPES: raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(RECIPES)}")
-    if device is not None and torch.device(device).type == 'cuda' and not torch.cuda.is_available():
+    check(dict(seeds=integer(1)) | {o: optional(integer(1)) for o in counts}, seeds=seeds, **counts)
+    if device is None: return
+    if str(device).startswith('cuda') and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but torch finds no CUDA GPU")
+    try: torch.empty(1, device=device).cpu()
+    except Exception as e: raise ValueError(f"device must be one that torch can use here, such as 'cpu', got {device!r}") from e
+
+
+def _names(text):
+    "'lp,mt' as a list"
+    names = [o.strip() for o in text.split(',')]
+    if all(names): return names
+    raise ValueError(f"methods must be names separated by commas, such as supervised,lp, got {text!r}")
+
+# %% ../../nbs/experiments/11_commands.ipynb #2a5c3e7a
+def _check_out(out, dataset):
+    "Raise an error if the results cannot be written to the folder, or not added to what is there"
+    file, figure = (out/f'{dataset}.{o}' for o in ('jsonl', 'png'))
+    for o in (file, figure):
+        if o.is_dir(): raise ValueError(f"{o} is a folder, expected a file: choose another folder with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        if file.exists(): open(file, 'ab').close()
+    except OSError as e: raise ValueError(f"cannot write to {out} ({e.strerror}): choose a writable folder with --out") from e
+    if file.exists(): read_lines(file)
 
 # %% ../../nbs/experiments/11_commands.ipynb #28bc0932
 def _rows_and_file(dataset, data, labels, seeds, split, splits, n_train):
     "Rows and file of the splits; without a file, the seeds of random draws and None"
     if split is None:
         if splits: raise ValueError("--splits needs --split, its rows such as 10-19")
-        return range(seeds), None
+        return _limited([range(seeds)], f'--seeds {seeds}'), None
     if not splits and n_train is None and data:
         file = Path(data).parent/f'{dataset}_splits.npz'
         if file.exists() and f'labels_{labels}' in read_npz(file): splits = file
@@ -164,15 +198,14 @@ def lp_train(
     "Train with and without the unlabeled items, and compare. An interrupted call continues where it stopped"
     if labels is None: labels = dict(digits=20, cifar10=500).get(dataset, 4000)
     try:
-        _check(dataset, device)
+        _check(dataset, device, seeds, n_train=n_train, n_test=n_test)
         rows, splits = _rows_and_file(dataset, data, labels, seeds, split, splits, n_train)
         recipe = replace(RECIPES[dataset], omega=not no_omega, zeta=not no_zeta, augment_descriptors=augment_features,
             bf16=bf16, channels_last=channels_last, **_stages(epochs), **({} if network is None else dict(network=network)))
-        methods = [m.strip() for m in methods.split(',')]
-        runs = run_experiment(dataset, labels, methods, rows, recipe, data, splits, n_train, n_test, out, device)
+        runs = run_experiment(dataset, labels, _names(methods), rows, recipe, data, splits, n_train, n_test, out, device)
+        what = f"{dataset}, {labels} labels, {len(rows)} {f'splits of {splits}' if splits else 'draws of the labels'}"
+        _show_results(runs, what, Path(out)/dataset)
     except (ValueError, OSError) as e: raise SystemExit(str(e))
-    what = f"{dataset}, {labels} labels, {len(rows)} {f'splits of {splits}' if splits else 'draws of the labels'}"
-    _show_results(runs, what, Path(out)/dataset)
 
 # %% ../../nbs/experiments/11_commands.ipynb #196a0eeb
 def _show_results(runs, what, path):

@@ -20,6 +20,7 @@ from ..interpret import LPInterpretation
 from .commands import read_images
 from .flow import figure2
 from .report import LONG, PAPER, as_paper, experiment, grouped, names_of, read_runs, settings, title_of
+from .recipes import RECIPES
 from .results import COLORS, row_name, test_error
 from .toy import figure1, figure3
 
@@ -187,6 +188,15 @@ def figure7(
     return _caption(fig, [run])
 
 # %% ../../nbs/experiments/15_figures.ipynb #7bd9ce44
+def _draw(file, make, args):
+    "Write a figure, or say why it is skipped"
+    try: fig = make(*args)
+    except Lacking as e: return print(f'{file.stem} skipped: {e}')
+    with atomic_write(file) as f: fig.savefig(f, dpi=150)
+    plt.close(fig)
+    print(file)
+
+
 @call_parse
 def lp_figures(
     results:str, # folder that lp_train wrote to
@@ -197,14 +207,11 @@ def lp_figures(
 ):
     "Draw the paper's figures with the results of lp_train; figures that cannot be drawn are skipped with a message"
     try: runs = read_runs(results)
-    except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e))
+    except (ValueError, OSError) as e: raise SystemExit(str(e))
+    if dataset not in (None, *RECIPES): raise SystemExit(f"unknown dataset {dataset!r}: expected one of {', '.join(RECIPES)}")
     folder, chosen = Path(out or results), (runs, dataset, labels)
-    folder.mkdir(parents=True, exist_ok=True)
     calls = (figure1,), (figure2,), (figure3,), (figure4, *chosen), (figure5, *chosen), (figure6, *chosen[:2]), (figure7, *chosen, data)
-    for i, (make, *args) in enumerate(calls, 1):
-        try: fig = make(*args)
-        except Lacking as e: print(f'figure{i} skipped: {e}')
-        else:
-            with atomic_write(file := folder/f'figure{i}.png') as f: fig.savefig(f, dpi=150)
-            plt.close(fig)
-            print(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, (make, *args) in enumerate(calls, 1): _draw(folder/f'figure{i}.png', make, args)
+    except (ValueError, OSError) as e: raise SystemExit(str(e))

@@ -200,8 +200,9 @@ def lp_tables(
     out:str=None, # also write the Markdown to this file
 ):
     "Print the paper's tables with the results of lp_train, as Markdown"
-    try: text = tables(read_runs(results))
-    except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e))
-    print(text)
-    if out:
-        with atomic_write(out) as f: f.write((text + '\n').encode())
+    try:
+        text = tables(read_runs(results))
+        print(text)
+        if out:
+            with atomic_write(out) as f: f.write((text + '\n').encode())
+    except (ValueError, OSError) as e: raise SystemExit(str(e))

@@ -20,14 +20,22 @@ from .recipes import METHODS, RECIPES
 _NEEDED = 'dataset', 'name', 'method', 'labels', 'items', 'recipe', 'error_rate', 'top5_error'
 
 
+def _is_run(run):
+    "Whether a line has what tables and figures need"
+    if not isinstance(run, dict) or not all(o in run for o in _NEEDED): return False
+    types = dict(name=str, recipe=dict, labels=int, items=int, error_rate=(int, float), top5_error=(int, float))
+    optional = dict(data=(str, type(None)), history=list, seconds=dict)
+    fits = all(isinstance(run[o], t) for o, t in (types | optional).items() if o in run)
+    return fits and run['dataset'] in RECIPES and run['method'] in METHODS and {'omega', 'zeta'} <= {*run['recipe']}
+
+
 def read_lines(
     file, # .jsonl file of `run_experiment`
 )->list: # dicts
     "The runs in a results file; if a run was written twice, the later one. Warns of an incomplete last line"
     runs = {}
     for i, run in read_json_lines(file):
-        complete = isinstance(run, dict) and all(o in run for o in _NEEDED)
-        if not complete or run['dataset'] not in RECIPES or run['method'] not in METHODS:
+        if not _is_run(run):
             raise ValueError(f"{file}, line {i}: this is not a run of lp_train, with a known dataset and method, "
                 f"{', '.join(_NEEDED[3:])}")
         runs[str([run.get(o) for o in ('name', 'method', 'recipe', 'data', 'splits')])] = run

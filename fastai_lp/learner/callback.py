@@ -24,7 +24,7 @@ from ..utils.progress import reporting
 from ..transductive.advice import advice, memory_advice
 from ..transductive.labelers import Diffusion
 from ..transductive.pseudo import PseudoLabels
-from ..transductive.settings import Constraint, check, check_labels, integer
+from ..transductive.settings import Constraint, check, check_labels, integer, number
 from .augment import strong_tfms
 from .data import class_names, refuse_all_labeled, targets_of
 from .epoch import EpochPlan
@@ -32,13 +32,14 @@ from .features import Extractor
 from .layers import Thumbnail, find_classifier, find_feature_layer
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .mixing import StreamMixUp
-from .record import Columns, LPRecord, truth_of
-from .scoped import FitScoped, in_fit
+from .record import Columns, LPRecord, item_names, truth_of
+from .scoped import FitScoped
 from .streams import TwoStream, fastai_dl, warn_of_unlabeled_validation
 
 # %% ../../nbs/learner/13_callback.ipynb #2a4ab06f
+_share = number('of at least 0', lambda o: o >= 0)
 _constraints = dict(warmup=integer(0), every=integer(1),
-    mixup=Constraint('None, True, or a number above 0', lambda o: o in (None, False) or o > 0))
+    mixup=Constraint('None, True, or a number above 0', lambda o: o is None or isinstance(o, bool) or _share.allows(o)))
 
 # %% ../../nbs/learner/13_callback.ipynb #5f8c4bed
 @delegates(Diffusion)
@@ -49,6 +50,7 @@ class LPCallback(FitScoped):
     unlabeled or no labeled item, a class has no label, the loss is not cross-entropy, or the model has no classifier."""
     order, run_valid = -5, False
     batch_unlabeled = None # bool [b] during a training batch: which items are unlabeled
+    _start = 0 # number of epochs in all fits before the last one
     _stateattrs = ('_fit', '_data', '_cols', 'truth')
 
     def __init__(self,
@@ -64,7 +66,7 @@ class LPCallback(FitScoped):
     ):
         if labeler is not None and settings:
             raise ValueError(f"a labeler has its own settings: pass {', '.join(settings)} to {type(labeler).__name__}, not to LPCallback")
-        check(_constraints, warmup=warmup, every=every, mixup=mixup)
+        warmup, every, mixup = check(_constraints, warmup=warmup, every=every, mixup=mixup).values()
         self.labeler, self.features = Diffusion(**settings) if labeler is None else labeler, features or Extractor()
         self.warmup, self.every, self.mixup, self.truth = warmup, every, mixup, truth
         self._for_images = unlabeled_tfms is True
@@ -97,7 +99,7 @@ class LPFit(EpochPlan):
         self.start, self.epoch = start, start  # epochs are counted over all fits
         self.lr_find = lr_find
         self.rank, self.world = 0, 1
-        self.truth = self.hard = self.mismatch = None
+        self.truth = self.items = self.vocab = self.hard = self.mismatch = None
         self.replaced = None  # a DataLoader of torch
         self.updated = False  # whether the epoch has new pseudo-labels
         self.warned = {}  # problem: whether the user has been warned of it
@@ -177,7 +179,8 @@ def _check_data(self:LPCallback, fit):
     if not isinstance(dl, TwoStream): warn_of_unlabeled_validation(learn.dls)  # two-stream DataLoaders have warned already
     if (y >= 0).all(): refuse_all_labeled(dl)
     check_labels(y, learn.dls.c, vocab)
-    fit.y = y.to(next(learn.model.parameters()).device)
+    fit.y, fit.vocab = y.to(next(learn.model.parameters()).device), None if vocab is None else list(vocab)
+    if not fit.lr_find: fit.items = item_names(dl)
     if self.truth is not None: fit.truth = truth_of(self.truth, dl, y, vocab).to(fit.y.device)
 
 # %% ../../nbs/learner/13_callback.ipynb #e16bc0b7
@@ -196,7 +199,7 @@ def _add_columns(self:LPCallback):
         return self.record.history[-1].get(key, float('nan')) if self.record.history else float('nan')
     keys = ['accuracy']*(self.truth is not None) + ['certainty', 'sec']
     if self._cols is None: self._cols = Columns(self.learn, {f'lp_{key}': partial(last, key) for key in keys})
-    if not in_fit(self.learn): self._cols.wait()
+    if self._inference: self._cols.wait()
 
 # %% ../../nbs/learner/13_callback.ipynb #e8ab6483
 @patch
@@ -288,7 +291,8 @@ def _record(self:LPCallback, found, pseudo, start, extracted):
         network = (found.logits.argmax(1) == fit.truth)[asked].float().mean().item()
         row.update(accuracy=pseudo.accuracy(fit.truth), network_accuracy=network)
     if fit.world > 1: row = from_first(row)
-    self.record.pseudo, self.record.truth, self._data = pseudo, fit.truth, fit.dl.dataset
+    self._data = fit.dl.dataset
+    self.record.keep(pseudo, fit)
     self.record.history.append(row)
 
 # %% ../../nbs/learner/13_callback.ipynb #89d78703
@@ -387,7 +391,7 @@ def after_epoch(self:LPCallback):
     if self._inference or self._fit is None: return
     self._end_epoch()
     self._cols.wait(fresh=self._fit.updated)
-    if not self._fit.lr_find: self._course = self._fit.epoch+1
+    if not self._fit.lr_find: self._course, self._start = self._fit.epoch+1, self._fit.start
 
 
 @patch
@@ -401,7 +405,7 @@ def after_fit(self:LPCallback):
 def state_dict(self:LPCallback)->dict: # tensors, numbers and strings
     "Return the history and the pseudo-labels"
     pseudo = self.record.pseudo
-    return dict(history=self.record.history, pseudo=None if pseudo is None else pseudo.state_dict())
+    return dict(history=self.record.history, start=self._start, pseudo=None if pseudo is None else pseudo.state_dict())
 
 
 @patch
@@ -410,6 +414,7 @@ def load_state_dict(self:LPCallback,
 ):
     "Continue from a saved state; called during a fit, after `before_fit`"
     self.record.history, self.record.truth = state['history'], self._fit.truth
+    self._fit.start = state.get('start', self._fit.start)
     if state['pseudo'] is None: return
-    self.record.pseudo = PseudoLabels.from_state_dict(state['pseudo']).to(self._fit.y.device)
+    self.record.keep(PseudoLabels.from_state_dict(state['pseudo']).to(self._fit.y.device), self._fit)
     self._data = self._fit.dl.dataset

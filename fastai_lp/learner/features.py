@@ -24,7 +24,7 @@ from fastai.torch_core import get_random_states, progress_bar, set_random_states
 
 from ..utils.distributed import gathered, share_of, unwrapped
 from ..utils.files import reserve
-from ..transductive.settings import rows_not_finite
+from ..transductive.settings import check, number, optional, rows_not_finite
 from .layers import find_feature_layer
 from .streams import fastai_dl
 
@@ -33,6 +33,10 @@ class Features(NamedTuple):
     "What an `Extractor` returns: one row per item, in the order of the dataset"
     feats:torch.Tensor # float32 [n, d], ℓ2-normalized
     logits:torch.Tensor # float32 [n, c]
+
+
+_not_negative = number('of at least 0', lambda o: o >= 0)
+_constraints = dict(weight=optional(_not_negative), max_bytes=_not_negative)
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Extractor:
     max_bytes:int=2**32 # larger features or logits are kept in a temporary file (in TMPDIR); 4 GiB fit in most memories
 
     def __post_init__(self):
+        check(_constraints, weight=self.weight, max_bytes=self.max_bytes)
         if self.weight is not None and (self.backbone is None or self.weight < 0):
             raise ValueError("weight must be a number of at least 0, given with backbone=, "
                 f"got weight={self.weight!r}, backbone={self.backbone!r}")

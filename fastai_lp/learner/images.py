@@ -19,7 +19,7 @@ from fastai.data.transforms import ColReader, ColSplitter, get_image_files, pare
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 
-from .data import SemiCategoryBlock, check_types, is_unlabeled, refuse_targets
+from .data import SemiCategoryBlock, check_classes, is_unlabeled, refuse_targets
 from .splitting import LabeledOnlySplitter
 from .streams import semi_dls  # chkstyle: ignore (adds DataBlock.semi_dataloaders)
 
@@ -51,7 +51,7 @@ class SemiImageDataLoaders(ImageDataLoaders):
         for k in ('y_block', 'label_delim'):
             if kwargs.get(k) is not None: refuse_targets(f"{k}={kwargs[k]!r}")
         if vocab is None and isinstance(source, pd.DataFrame):
-            check_types(L(o for o in source[kwargs['get_y'].cols[0]] if not is_unlabeled(o)))
+            check_classes(L(o for o in source[kwargs['get_y'].cols[0]] if not is_unlabeled(o)))
         block_args = {k: kwargs.pop(k) for k in ('get_x', 'get_y', 'splitter', 'item_tfms', 'batch_tfms') if k in kwargs}
         dblock = DataBlock(blocks=(ImageBlock(img_cls), SemiCategoryBlock(vocab=vocab)), **block_args)
         dls = dblock.semi_dataloaders(source, path=path, **kwargs)

@@ -60,7 +60,7 @@ class MeanTeacherCallback(FitScoped):
 
     Needs two-stream batches. The Recorder reports each metric for the teacher too, as `teacher_NAME`. After a fit, the
     teacher is `learn.mt_record.teacher`; evaluate or export it with `teacher_in_place(learn)`. A later fit continues with it."""
-    order = -4  # after LPCallback, whose targets cover both views
+    order, _start = -4, 0  # after LPCallback, whose targets cover both views; epochs before this fit
     _stateattrs = ('_on', '_mets', '_view', '_heads')
 
     def __init__(self,
@@ -76,7 +76,9 @@ class MeanTeacherCallback(FitScoped):
         self.record.teacher = teacher
         self._init_state()
 
-    def _init_state(self): self._on, self._mets, self._view, self._heads, self._world = None, [], None, None, 1
+    def _init_state(self):
+        self._on, self._mets, self._view, self._heads, self._world = None, [], None, None, 1
+        self._evaluated = False  # whether the metrics have seen a batch of the current phase
 
     @property
     def _active(self): return self._on is not None and not self._inference
@@ -112,10 +114,10 @@ def before_fit(self:MeanTeacherCallback):
     dl.two_views()
     self._on, self._start = dl, self.record.epochs
     self._mets = [deepcopy(m) for m in self.metrics if not isinstance(m, ValueMetric)]
-    self.learn.metrics = self.metrics + [ValueMetric(partial(_value, m), f'teacher_{m.name}') for m in self._mets]
+    self.learn.metrics = self.metrics + [ValueMetric(partial(_value, self, m), f'teacher_{m.name}') for m in self._mets]
 
 
-def _value(metric): return metric.value
+def _value(cb, metric): return metric.value if cb._evaluated else None
 
 
 @patch
@@ -144,6 +146,7 @@ def before_train(self:MeanTeacherCallback):
         if t.stride() != s.stride(): t.data = torch.empty_like(s).copy_(t)
     self._world = share_batches(self.dls.loaders)[1]
     self._same_teacher()
+    self._evaluated = False  # the teacher is not evaluated on the training set: Recorder(train_metrics=True) shows None
     self.record.teacher.train()
 
 
@@ -212,6 +215,7 @@ def before_validate(self:MeanTeacherCallback):
     "Reset the teacher's metrics"
     if not self._active: return
     self.record.teacher.eval()
+    self._evaluated = False
     for m in self._mets: m.reset()
 
 
@@ -219,17 +223,20 @@ def before_validate(self:MeanTeacherCallback):
 def after_batch(self:MeanTeacherCallback):
     "In validation, evaluate the teacher on the same batch"
     if not self._active or self.training or not len(self.yb): return
-    pred = self.learn.pred
-    with torch.no_grad(): self.learn.pred = _first(self.record.teacher(*self.xb))
+    pred, loss = self.learn.pred, self.learn.loss
     try:
+        with torch.no_grad():
+            self.learn.pred = _first(self.record.teacher(*self.xb))
+            self.learn.loss = self.loss_func(self.pred, *self.yb)  # some metrics, such as Perplexity, are of the loss
         for m in self._mets: m.accumulate(self.learn)
-    finally: self.learn.pred = pred
+        self._evaluated = True
+    finally: self.learn.pred, self.learn.loss = pred, loss
 
 # %% ../../nbs/learner/14_mean_teacher.ipynb #7bec2f9a
 @patch
 def state_dict(self:MeanTeacherCallback)->dict: # tensors and numbers
     "Return the teacher, and how many steps and epochs it has seen"
-    return dict(teacher=self.record.teacher.state_dict(), step=self.record.step, epochs=self.record.epochs)
+    return dict(teacher=self.record.teacher.state_dict(), step=self.record.step, epochs=self.record.epochs, start=self._start)
 
 
 @patch
@@ -238,7 +245,7 @@ def load_state_dict(self:MeanTeacherCallback,
 ):
     "Continue from a saved state; called during a fit, after `before_fit`"
     self.record.teacher.load_state_dict(state['teacher'])
-    self.record.step, self.record.epochs = state['step'], state['epochs']
+    self.record.step, self.record.epochs, self._start = state['step'], state['epochs'], state.get('start', self._start)
 
 # %% ../../nbs/learner/14_mean_teacher.ipynb #170629ff
 @contextmanager

@@ -8,6 +8,7 @@ __all__ = ['ResumeCallback']
 # %% ../../nbs/learner/15_resume.ipynb #9b4737e6
 import hashlib
 import warnings
+import weakref
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.callback.core import CancelEpochException
+from fastai.callback.core import CancelEpochException, CancelFitException
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_random_states, set_random_states
@@ -35,6 +37,13 @@ def _plain(o):
     if isinstance(o, np.generic): return o.item()
     if o is None or isinstance(o, (str, bytes, bool, int, float)): return o
     raise TypeError(f"a state has a {type(o).__name__}, expected tensors, numbers, strings, lists and dicts")
+
+
+def _copied(o):
+    "The same with copies of all tensors, on the CPU"
+    if isinstance(o, torch.Tensor): return o.detach().to('cpu', copy=True)
+    if isinstance(o, dict): return {k: _copied(v) for k, v in o.items()}
+    return [_copied(x) for x in o] if isinstance(o, list) else o
 
 
 def _tuples(o): return tuple(_tuples(x) for x in o) if isinstance(o, (list, tuple)) else o
@@ -77,7 +86,9 @@ def _set_optimizer_state(opt, s):
     opt.load_state_dict(s)
 
 # %% ../../nbs/learner/15_resume.ipynb #92097ba3
-def _number(o): return None if o is None else float(o)
+def _number(o):
+    if o is None or isinstance(o, str): return o
+    return torch.as_tensor(o) if getattr(o, 'ndim', 0) else float(o)
 
 
 def _recorder_state(rec):
@@ -88,6 +99,7 @@ def _recorder_state(rec):
 
 def _set_recorder_state(rec, s):
     rec.lrs, rec.iters, rec.losses = s['lrs'].tolist(), list(s['iters']), list(s['losses'].unbind())
+    rec.values = [L(row) for row in s['values']]
     rec.smooth_loss.count, rec.smooth_loss.val = s['count'], s['val']
 
 # %% ../../nbs/learner/15_resume.ipynb #7ede8090
@@ -102,18 +114,18 @@ def _state_of(cb):
 def _tracker_state(cb): return dict(best=_number(cb.best), **({'wait': cb.wait} if hasattr(cb, 'wait') else {}))
 
 # %% ../../nbs/learner/15_resume.ipynb #be7d664c
-_layout = 2  # of the file
+_layout = 3  # of the file: the state of the last fit, and in `earlier` the results of those before it
 
 
 class ResumeCallback(FitScoped):
-    """Saves everything that a fit needs to continue, after every epoch; if the file exists, continues from there.
+    """Saves everything that a course of fits needs to continue, after every epoch; if the file exists, continues from there.
 
-    The fit must be the same, else `ValueError` says what differs and nothing is changed. A complete fit is not trained
+    Each fit must be the same, else `ValueError` says what differs and nothing is changed. A complete fit is not trained
     again. A disk that is full before the first epoch is an `OSError`; later it is a warning, and the next epoch tries again."""
     order = 95  # after everything that belongs to an epoch
 
     def __init__(self,
-        fname, # path of the file; one for each fit
+        fname, # path of the file; one for each course
         every:int=1, # save after every so many epochs, and after the last one
         settings:dict=None, # what else must be the same to resume, such as hyperparameters, as numbers and strings
     ):
@@ -121,41 +133,81 @@ class ResumeCallback(FitScoped):
         self.fname, self.every, self.settings = Path(fname), every, settings or {}
         self._init_state()
 
-    _stateattrs = ('_saved', '_done')
-    def _init_state(self): self._saved, self._done = None, 0
+    _stateattrs = ('_fit', '_course')
+    def _init_state(self): self._fit, self._course = None, _Course()
 
     def _trackers(self): return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback)]
     def _with_state(self): return [cb for cb in self.learn.cbs.sorted('order') if _has_state(cb)]
 
+# %% ../../nbs/learner/15_resume.ipynb #f871e439
+class _Course:
+    "The fits of a Learner so far"
+    def __init__(self, learn=None):
+        self.learn = learn and weakref.ref(learn)
+        self.earlier = []  # their results
+        self.saved = False  # whether the file has been written or read
+        self.failed = None  # what must be the same for the fit that an error ended, {} if unknown
+
+
+class _Fit:
+    "The current fit, with what the file knows of it"
+    def __init__(self, same, place, saved, ended):
+        self.same, self.place = same, place  # what must be the same to resume; rank and number of processes
+        self.saved, self.done = saved, saved['epoch'] if saved else 0
+        self.ended = ended  # whether nothing is left to train
+        self.skips = saved is not None
+
 # %% ../../nbs/learner/15_resume.ipynb #cd90ce88
 @patch
 def restore(self:ResumeCallback):
-    "Forget the file"
-    if self._saved is not None:
+    "Forget the fit"
+    if self._fit is not None and self._fit.skips:
         for cb in self._trackers(): cb.run = True
-    self._init_state()
+    self._fit = None
 
 
 @patch
-def after_fit(self:ResumeCallback):
-    "Forget the file"
-    if not self._inference: self.restore()
+def failed(self:ResumeCallback):
+    "Note that the fit did not end"
+    if self._course.failed is None and not hasattr(self.learn, 'lr_finder'):
+        self._course.failed = self._fit.same if self._fit is not None else {}
+    self.restore()
 
 # %% ../../nbs/learner/15_resume.ipynb #6763ffb3
 @patch
 def before_fit(self:ResumeCallback):
-    "Continue from the file if it exists; check that it can be written"
+    "Continue from the file if it has this fit; check that it can be written"
     if self._inference or hasattr(self.learn, 'lr_finder'): return
     self.restore()
     rank, world = place(self.dls.train)
-    saved = self._read() if self.fname.exists() else None
-    if world > 1 and len(set(of_all(saved and saved['epoch']))) > 1:
+    fits = self._read() if self.fname.exists() else []
+    if world > 1 and len(set(of_all(tuple(o['epoch'] for o in fits)))) > 1:
         raise ValueError(f"the processes see different files {self.fname}: choose a path that all machines share")
-    if saved is not None: self._check(saved)
-    if rank == 0 and (saved is None or saved['epoch'] < self.n_epoch): self._try_to_write()
+    same = _plain(self._signature())
+    i = self._find(fits, same)
+    saved = fits[i] if i < len(fits) else None
+    ended = saved is not None and (i < len(fits)-1 or saved['epoch'] == self.n_epoch)
+    self._fit = _Fit(same, (rank, world), saved, ended)
+    if saved is not None: self._check(saved, i)
+    if rank == 0 and not ended: self._try_to_write()
+    self._course.failed = None
     if saved is None: return
-    self._load(saved)
-    if rank == 0: print(f"{self.fname}: {self._done} of {self.n_epoch} epochs are done")
+    self._load(_copied(saved))
+    for cb in self._trackers(): cb.run = False
+    which = '' if len(fits) == 1 else f', fit {i+1}'
+    if rank == 0: print(f"{self.fname}{which}: {self._fit.done} of {self.n_epoch} epochs are done")
+
+# %% ../../nbs/learner/15_resume.ipynb #06099db2
+@patch
+def _find(self:ResumeCallback, fits, same):
+    "Index of a fit in the course"
+    c = self._course
+    if c.learn is None or c.learn() is not self.learn or (c.saved and not fits): c = self._course = _Course(self.learn)
+    c.saved = c.saved or bool(fits)
+    if c.failed is None or (c.failed and not _differences(c.failed, same)): return len(c.earlier)
+    i = next((i for i, o in enumerate(fits[:len(c.earlier)]) if not _differences(o['fit'], same)), len(c.earlier))
+    del c.earlier[i:]
+    return i
 
 # %% ../../nbs/learner/15_resume.ipynb #67a8181f
 @patch
@@ -168,9 +220,9 @@ def _read(self:ResumeCallback):
             f"nothing in it was executed: {what_to_do}") from e
     except (RuntimeError, EOFError) as e:
         raise ValueError(f"{name} is not a file of ResumeCallback ({str(e).splitlines()[0]}): {what_to_do}") from e
-    if not isinstance(s, dict) or s.get('layout') != _layout:
+    if not isinstance(s, dict) or s.get('layout') not in (2, _layout):  # layout 2 has one fit
         raise ValueError(f"{name} was not written by this version of ResumeCallback: {what_to_do}")
-    return s
+    return [*s.pop('earlier', []), s]
 
 # %% ../../nbs/learner/15_resume.ipynb #add41b9c
 def _data_of(dls):
@@ -182,27 +234,53 @@ def _data_of(dls):
     return dict(items=len(dl.dataset), labels=labels, batch=batch)
 
 
+def _schedules(learn):
+    "Values of the scheduled hyperparameters at 101 points of the fit, for each parameter group; learning rate and weight decay"
+    def plain(o): return [float(f'{x:.6g}') for x in np.ravel(np.asarray(o, dtype=float))]
+    res = {k: [plain([h[k] for h in learn.opt.hypers if k in h])] for k in ('lr', 'wd')}
+    for cb in learn.cbs:
+        if isinstance(cb, ParamScheduler): res.update({k: [plain(f(i/100)) for i in range(101)] for k, f in cb.scheds.items()})
+    return res
+
+
 @patch
 def _signature(self:ResumeCallback):
     "What must be the same to resume"
     world, model = place(self.dls.train)[1], unwrapped(self.learn.model)
     res = dict(epochs=self.n_epoch, **_data_of(self.learn.dls), callbacks=[type(cb).__name__ for cb in self._with_state()],
-        settings=self.settings, parameters={k: list(v.shape) for k, v in model.state_dict().items()})
+        settings=self.settings, parameters={k: list(v.shape) for k, v in model.state_dict().items()},
+        frozen=[k for k, v in model.named_parameters() if not v.requires_grad], schedules=_schedules(self.learn))
     return res if world == 1 else dict(res, processes=world)
 
 # %% ../../nbs/learner/15_resume.ipynb #9fcb038e
+_nested = 'settings', 'schedules'
+
+
+def _schedule_differs(name, there, here):
+    high, now = (max((x for row in o or [] for x in row), default=None) for o in (there, here))
+    return f'schedule of {name}' if high == now else f'{name} up to {high} in the file, {now} now'
+
+
 def _differences(there, here):
-    differ = [k for k in {**there, **here} if k != 'settings' and there.get(k) != here.get(k)]
-    return [k if k in ('parameters', 'labels') else f'{k} {there.get(k)} in the file, {here.get(k)} now' for k in differ]
+    "What is not the same; a file of an older version does not know all of it"
+    here = {k: v for k, v in here.items() if k in there or k not in ('frozen', 'schedules')}
+    def differ(k): return [n for n in {**there.get(k, {}), **here.get(k, {})} if there.get(k, {}).get(n) != here.get(k, {}).get(n)]
+    def say(k, a, b):
+        if k == 'frozen': a, b = (f'{len(o)} frozen parameters' if i == 0 else len(o) for i, o in enumerate((a, b)))
+        else: a = f'{k} {a}'
+        return k if k in ('parameters', 'labels') else f'{a} in the file, {b} now'
+    res = [say(k, there.get(k), here.get(k)) for k in {**there, **here} if k not in _nested and there.get(k) != here.get(k)]
+    res += [_schedule_differs(k, there['schedules'].get(k), here['schedules'].get(k)) for k in differ('schedules')]
+    return res + [say(k, there['settings'].get(k), here['settings'].get(k)) for k in differ('settings')]
 
 
 @patch
-def _check(self:ResumeCallback, saved):
-    there, here = saved['fit'], _plain(self._signature())
-    differ = _differences(there, here) + _differences(there['settings'], here['settings'])
+def _check(self:ResumeCallback, saved, i):
+    differ = _differences(saved['fit'], self._fit.same)
     if not differ: return
-    raise ValueError(f"{self.fname} belongs to another fit ({', '.join(differ)}): resume with the same data, model, "
-        "callbacks, settings and number of epochs, or choose another path")
+    which = f'fit {i+1}: ' if i else ''
+    raise ValueError(f"{self.fname} belongs to another fit ({which}{', '.join(differ)}): resume with the same data, model, callbacks, "
+        "settings, schedule and number of epochs, or choose another path. Several fits share a file if they have the same ResumeCallback")
 
 # %% ../../nbs/learner/15_resume.ipynb #25b1a0e4
 class _Enough(Exception): pass
@@ -220,60 +298,93 @@ def _try_to_write(self:ResumeCallback):
 # %% ../../nbs/learner/15_resume.ipynb #6e1c3518
 @patch
 def _load(self:ResumeCallback, saved):
-    self._done, self._saved = saved['epoch'], saved
-    unwrapped(self.learn.model).load_state_dict(saved['model'])
-    _set_optimizer_state(self.learn.opt, saved['opt'])
+    self._load_weights(saved)
     for cb, (_, state) in zip(self._with_state(), saved['callbacks']): cb.load_state_dict(state)
     if saved['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(saved['scaler'])
     self.learn.train_iter = saved['train_iter']
-    for cb in self._trackers(): cb.run = False
+
+
+@patch
+def _load_weights(self:ResumeCallback, saved):
+    unwrapped(self.learn.model).load_state_dict(saved['model'])
+    _set_optimizer_state(self.learn.opt, saved['opt'])
 
 # %% ../../nbs/learner/15_resume.ipynb #bee02f20
 @patch
 def before_epoch(self:ResumeCallback):
-    "Skip an epoch that is done; restore the random state before the first one that is not"
-    if self._inference or self._saved is None: return
-    if self.epoch >= self._done: return self._continue()
-    self.recorder.log = L([self.epoch, *self._saved['recorder']['values'][self.epoch]])
-    raise CancelEpochException
+    "Skip an epoch that is done"
+    fit = self._fit
+    if self._inference or fit is None or fit.saved is None: return
+    if self.epoch < fit.done:
+        self.recorder.log = L([self.epoch, *fit.saved['recorder']['values'][self.epoch]])
+        raise CancelEpochException
+    if fit.ended: raise CancelFitException
 
 
 @patch
 def _continue(self:ResumeCallback):
     "Restore what the skipped epochs would have changed"
-    saved, (rank, world) = self._saved, place(self.dls.train)
+    saved, (rank, world) = _copied(self._fit.saved), self._fit.place
     _set_recorder_state(self.recorder, saved['recorder'])
     for cb, o in zip(self._trackers(), saved['trackers']):
         vars(cb).update(o)
         cb.run = True
     _set_random_state(self.learn.dls, saved['random'] if world == 1 else saved['random'][rank])
-    self._saved = None
+    self._fit.skips = False
 
 # %% ../../nbs/learner/15_resume.ipynb #ae7b9964
 @patch
 def after_epoch(self:ResumeCallback):
     "Save the state of the fit"
-    if self._inference or hasattr(self.learn, 'lr_finder'): return
+    fit = self._fit
+    if self._inference or fit is None: return
     done = self.epoch + 1
-    if done <= self._done:
-        if done == self.n_epoch: self._continue()  # nothing is left to train
-        return
-    if done % self.every and done < self.n_epoch: return
-    (rank, world), random = place(self.dls.train), _random_state(self.learn.dls)
+    if done <= fit.done:
+        if done == fit.done:
+            self._load(_copied(fit.saved))
+            self._continue()
+    elif done % self.every == 0 or done == self.n_epoch: self._save(self._state(done))
+
+
+@patch
+def _state(self:ResumeCallback, epoch):
+    learn, (rank, world), random = self.learn, self._fit.place, _random_state(self.learn.dls)
     if world > 1: random = of_all(random)
-    if rank: return
-    state = _plain(dict(self._state(), epoch=done, random=random))
+    if rank: return dict(fit=self._fit.same)
+    return _plain(dict(fit=self._fit.same, epoch=epoch, random=random, train_iter=self.train_iter,
+        model=unwrapped(learn.model).state_dict(), opt=_optimizer_state(learn.opt), callbacks=[_state_of(cb) for cb in self._with_state()],
+        scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None,
+        trackers=[_tracker_state(cb) for cb in self._trackers()], recorder=_recorder_state(self.recorder)))
+
+
+@patch
+def _save(self:ResumeCallback, state):
+    if self._fit.place[0]: return
     try:
-        with atomic_write(self.fname, checksum=True) as f: torch.save(state, f)
+        with atomic_write(self.fname, checksum=True) as f: torch.save(dict(layout=_layout, **state, earlier=self._course.earlier), f)
+        self._course.saved = True
     except OSError as e:
         warnings.warn(f"{e}. The training continues, and the next epoch tries again. "
             "Until then, an interrupted fit would resume from the last epoch that was saved")
 
+# %% ../../nbs/learner/15_resume.ipynb #646bfb03
+@patch
+def after_fit(self:ResumeCallback):
+    "Save the result of the fit, for the next one"
+    fit = self._fit
+    if self._inference or fit is None: return
+    if fit.skips: self._continue()
+    if fit.ended: result = self._result(fit)
+    else:
+        result = _copied(self._state(len(self.recorder.values)))
+        if len(self.recorder.values) == self.n_epoch: self._save(result)
+    self._course.earlier.append(result)
+    self.restore()
+
 
 @patch
-def _state(self:ResumeCallback):
-    learn = self.learn
-    return dict(layout=_layout, fit=self._signature(), train_iter=self.train_iter, model=unwrapped(learn.model).state_dict(),
-        opt=_optimizer_state(learn.opt), callbacks=[_state_of(cb) for cb in self._with_state()],
-        scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None,
-        trackers=[_tracker_state(cb) for cb in self._trackers()], recorder=_recorder_state(self.recorder))
+def _result(self:ResumeCallback, fit):
+    "Load the result of a fit that was not trained again; another callback may have changed it"
+    self._load_weights(_copied(fit.saved))
+    self._continue()
+    return fit.saved

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from fastcore.foundation import L
 
+from ..transductive.settings import check, integer
 from .data import is_unlabeled
 
 # %% ../../nbs/learner/03_splitting.ipynb #22e2fcbe
@@ -65,6 +66,7 @@ def hide_labels(
 )->tuple: # (shown, truth): the labels with most of them hidden, and a copy of all
     "Hide all labels except a few"
     if (n is None) == (keep is None): raise ValueError("pass either n, the labels to keep per class, or keep, a list of items")
+    if keep is None: check(dict(n=integer(0)), n=n)
     values = list(labels.tolist() if hasattr(labels, 'tolist') else labels)
     kept = set(_draw_balanced(values, n, seed) if keep is None else _positions(keep, items, len(values)))
     is_tensor = isinstance(labels, torch.Tensor)

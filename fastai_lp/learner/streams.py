@@ -25,6 +25,7 @@ from fastai.learner import Learner
 from fastai.tabular.core import Tabular
 from fastai.torch_core import apply
 
+from ..transductive.settings import check, integer, optional
 from .data import refuse_all_labeled, refuse_targets, targets_of
 
 # %% ../../nbs/learner/04_streams.ipynb #11f1d064
@@ -42,6 +43,7 @@ class TwoStream:
         self.targets = targets_of(self) if targets is None else torch.as_tensor(targets)
         if self.bs is None or not self.shuffle:
             raise ValueError(f"two streams need a batch size and shuffle=True, got bs={self.bs}, shuffle={self.shuffle}")
+        check(dict(labeled_bs=optional(integer(0))), labeled_bs=labeled_bs)
         self._given_bs = labeled_bs
         self.labeled_bs = self.bs//2 if labeled_bs is None else labeled_bs
         labeled, n = self.targets >= 0, len(self.targets)

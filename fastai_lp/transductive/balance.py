@@ -8,17 +8,19 @@ __all__ = ['class_prior', 'sharpened', 'balanced']
 # %% ../../nbs/transductive/05_balance.ipynb #83def190
 import torch
 
-from .settings import check, constraints, defaults
+from .settings import as_codes, as_floats, check, constraints, defaults, integer, sizes
 
 # %% ../../nbs/transductive/05_balance.ipynb #59c307a6
 def class_prior(
     prior, # 'labels': class shares of the given labels; 'uniform'; or c numbers, of which only the ratios matter
-    y:torch.Tensor, # int [n] given labels, negative if unlabeled
+    y, # int [n] tensor or array: given labels, negative if unlabeled
     n_classes:int, # c
 )->torch.Tensor: # float64 [c], sums to 1
     "The expected share of each class among the unlabeled items"
-    check(constraints, prior=prior)
-    if not isinstance(prior, str): p = torch.as_tensor(prior)
+    check(constraints | sizes, prior=prior, n_classes=n_classes)
+    y = as_codes(y)
+    if isinstance(prior, (list, tuple, torch.Tensor)): p = torch.as_tensor(prior)
+    elif not isinstance(prior, str): p = as_floats(prior)
     elif prior == 'uniform': p = torch.ones(n_classes)
     else: p = torch.bincount(y[y >= 0], minlength=n_classes)
     if p.shape != (n_classes,) or not (p > 0).all():
@@ -28,11 +30,12 @@ def class_prior(
 
 # %% ../../nbs/transductive/05_balance.ipynb #162af6db
 def sharpened(
-    Z:torch.Tensor, # [n, c] scores; negative ones (rounding errors of CG) count as 0
+    Z, # [n, c] tensor or array of scores; negative ones (rounding errors of CG) count as 0
     temperature:float=defaults.temperature, # T: rows are raised to the power 1/T; below 1 sharper, above 1 flatter
-)->torch.Tensor: # [n, c] rows that sum to 1; a row without positive scores stays 0
+)->torch.Tensor: # [n, c] in the dtype of `Z`, rows that sum to 1; a row without positive scores stays 0
     "Class distribution of each item, ẑ^(1/T) normalized to sum to 1"
-    Z = Z.clamp(min=0)
+    temperature = check(constraints, temperature=temperature)['temperature']
+    Z = as_floats(Z).clamp(min=0)
     peak = Z.amax(1, keepdim=True)
     P = torch.where(peak > 0, Z/peak, 0)  # scores far from any label may be tiny
     if temperature != 1: P = P**(1/temperature)
@@ -40,13 +43,17 @@ def sharpened(
 
 # %% ../../nbs/transductive/05_balance.ipynb #f40e244d
 def balanced(
-    P:torch.Tensor, # [n, c] rows that sum to 1, or are 0
-    prior:torch.Tensor, # [c] sums to 1
+    P, # [n, c] tensor or array, rows that sum to 1, or are 0
+    prior, # [c] tensor, array or list, sums to 1
     max_iter:int=1000, # iterations; fewer than 100 are needed unless many scores are 0
     tol:float=1e-6, # largest difference from the prior at which to stop
-)->torch.Tensor: # [n, c] rows that sum to 1, or are 0
+)->torch.Tensor: # [n, c] in the dtype of `P` (computed in float64), rows that sum to 1, or are 0
     "Scale the classes so that the mean of the nonzero rows is the prior"
-    rows = P.double()
+    check(dict(max_iter=integer(0), tol=constraints['tol']), max_iter=max_iter, tol=tol)
+    P = as_floats(P)
+    rows, prior = P.double(), as_floats(prior).to(P.device, torch.float64)
+    if P.ndim != 2 or prior.shape != P.shape[1:]:
+        raise ValueError(f"prior must have one number per column of P, got shapes {tuple(prior.shape)} and {tuple(P.shape)}.")
     n = (rows.sum(1) > 0).sum().clamp(min=1)
     factor = torch.ones_like(prior)
     def row_scale(): return 1/(rows @ factor).clamp(min=torch.finfo(rows.dtype).tiny)

@@ -14,9 +14,26 @@ import torch
 from .diffusion import diffuse
 from .graph import csr, normalize, row_indices
 from .propagate import seed_matrix
-from .settings import check_labels, defaults
+from .settings import as_floats, as_tensor, check, check_labels, constraints, defaults, integer, sizes
 
 # %% ../../nbs/transductive/11_curation.ipynb #6506c537
+def _unlabeled_part(W, labeled):
+    "The normalized affinity without the edges of labeled items"
+    S, _ = normalize(W)
+    removed = labeled[row_indices(S)] | labeled[S.col_indices()]
+    return csr(S.crow_indices(), S.col_indices(), torch.where(removed, 0, S.values()), len(S))
+
+
+_constraints = constraints | sizes | dict(seed=integer(0))
+
+
+def _check(W, **settings):
+    check(_constraints, **settings)
+    if isinstance(W, torch.Tensor) and W.layout == torch.sparse_csr: return
+    raise ValueError(f"W must be a graph as a sparse CSR tensor, such as PseudoLabels.W, got {type(W).__name__}: "
+        "use a labeler with a graph, such as Diffusion.")
+
+
 def _columns(S, items, alpha, max_iter, tol, block=128):
     "The columns `items` of the Green's function of S, [n, len(items)]"
     res = S.values().new_empty(len(S), len(items))
@@ -28,17 +45,25 @@ def _columns(S, items, alpha, max_iter, tol, block=128):
     return res
 
 # %% ../../nbs/transductive/11_curation.ipynb #233d4654
+def _candidates(labeled, m, pool):
+    "Indices of the unlabeled items, if `m` of them can be chosen"
+    free = (~labeled).nonzero().flatten()
+    if not len(free): raise ValueError(f"nothing is left to label: all {len(labeled)} items are labeled.")
+    if m <= (most := min(pool, len(free))): return free
+    raise ValueError(f"m must be an integer from 1 to {most} ({len(free)} unlabeled, pool={pool}), got {m}.")
+
+
 class Suggested(NamedTuple):
     "Result of `suggest`, in the order of choice"
     items:torch.Tensor # int64 [m] indices of unlabeled items
     gain:torch.Tensor # float32 [m] reduction of the total variance, weighted by 1 − ω, by each further label
 
-
+# %% ../../nbs/transductive/11_curation.ipynb #2f0b5ba2
 @torch.no_grad()
 def suggest(
     W:torch.Tensor, # [n, n] affinity, sparse CSR: `PseudoLabels.W`, or from `affinity`
-    labeled:torch.Tensor, # bool [n]
-    certainty:torch.Tensor, # float [n] ω in [0, 1], as in `PseudoLabels`
+    labeled, # bool [n] tensor or array
+    certainty, # float [n] tensor or array: ω in [0, 1], as in `PseudoLabels`
     m:int=20, # number of items to choose
     alpha:float=defaults.alpha, # as in the diffusion
     pool:int=1000, # candidates, drawn at random from the unlabeled items: memory is n·pool floats
@@ -47,17 +72,16 @@ def suggest(
     seed:int=0, # of the draw of the candidates
 )->Suggested:
     "Choose the unlabeled items whose labels reduce the uncertainty of the others most, by greedy V-optimality"
+    _check(W, m=m, alpha=alpha, pool=pool, max_iter=max_iter, tol=tol, seed=seed)
+    labeled, certainty = as_tensor(labeled).to(W.device), as_floats(certainty).to(W.device)
     if not len(W) == len(labeled) == len(certainty):
         raise ValueError(f"W, labeled and certainty must be equally long, got {len(W)}, {len(labeled)} and {len(certainty)}.")
-    free = (~labeled).nonzero().flatten()
-    most = min(pool, len(free))
-    if not 0 < m <= most: raise ValueError(f"m must be an integer from 1 to {most} ({len(free)} unlabeled, pool={pool}), got {m}.")
+    if labeled.dtype != torch.bool: raise ValueError(f"labeled must be one boolean per item, got {labeled.dtype}.")
+    if certainty.isnan().any(): raise ValueError("certainty must be a number per item, got NaN.")
+    free = _candidates(labeled, m, pool)
     drawn = torch.from_numpy(np.random.default_rng(seed).permutation(len(free))[:pool])
     items = free[drawn.sort().values.to(free.device)]
-    S, _ = normalize(W)
-    removed = labeled[row_indices(S)] | labeled[S.col_indices()]
-    S = csr(S.crow_indices(), S.col_indices(), torch.where(removed, 0, S.values()), len(S))
-    G = _columns(S, items, alpha, max_iter, tol)
+    G = _columns(_unlabeled_part(W, labeled), items, alpha, max_iter, tol)
     weight, chosen, gain = torch.where(labeled, 0, 1-certainty).to(G), [], []
     for _ in range(m):
         variance = G[items, torch.arange(len(items), device=G.device)]
@@ -88,12 +112,13 @@ def label_issues(
     tol:float=1e-4, # relative residual at which CG stops
 )->LabelIssues:
     "Find labeled items whose label is contradicted by the other labels"
+    _check(W, alpha=alpha, seeds=seeds, max_iter=max_iter, tol=tol)
     y, n_classes = check_labels(y, n_classes, n_items=len(W))
     y = y.to(W.device)
     items = (y >= 0).nonzero().flatten()
     given, S = y[items], normalize(W)[0]
     G = torch.cat([_columns(S, some, alpha, max_iter, tol)[items] for some in items.split(128)], 1).fill_diagonal_(0)
-    Y = seed_matrix(given, n_classes, 'raw')
+    Y = seed_matrix(given, n_classes, 'raw').to(G)
     Z, count = (G @ Y).clamp(min=0), Y.sum(0)
     if seeds == 'class_size': Z = Z/(count-Y).clamp(min=1)
     mass = Z.sum(1, keepdim=True)

@@ -11,17 +11,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .settings import check, constraints, defaults
+from .settings import as_floats, check, constraints, defaults
 from ..utils.progress import blocks
 
 # %% ../../nbs/transductive/04_diffusion.ipynb #37a80e5a
 def spmm(
     S:torch.Tensor, # [n, n] sparse CSR
     X:torch.Tensor, # [n, c] dense
-)->torch.Tensor: # [n, c]
+)->torch.Tensor: # [n, c] in the dtype of `X`
     "Compute S @ X, on a CPU with `embedding_bag`"
-    if X.device.type != 'cpu': return S @ X
-    crow, col, values = S.crow_indices(), S.col_indices(), S.values()
+    if X.device.type != 'cpu': return S.to(X.dtype) @ X
+    crow, col, values = S.crow_indices(), S.col_indices(), S.values().to(X.dtype)
     return F.embedding_bag(col, X.contiguous(), crow, mode='sum', per_sample_weights=values, include_last_offset=True)
 
 # %% ../../nbs/transductive/04_diffusion.ipynb #d50cc128
@@ -59,13 +59,14 @@ class Diffused(NamedTuple):
 
 def diffuse(
     S:torch.Tensor, # [n, n] normalized affinity, sparse CSR, from `normalize`
-    Y:torch.Tensor, # [n, c] label matrix, one column per class
+    Y, # [n, c] tensor or array: label matrix, one column per class
     alpha:float=defaults.alpha, # how far labels spread, in [0, 1) (the paper's .99); 0 returns `Y`
     max_iter:int=defaults.max_iter, # CG iterations (the paper's 20)
     tol:float=defaults.tol, # relative residual at which a class stops (the authors' program: 1e-6)
 )->Diffused:
     "Solve (I − αS)Z = Y (Eq. 10) by conjugate gradient, in the dtype and on the device of `Y`"
-    check(constraints, alpha=alpha, max_iter=max_iter, tol=tol)
+    alpha, max_iter, tol = check(constraints, alpha=alpha, max_iter=max_iter, tol=tol).values()
+    Y = as_floats(Y)
     if Y.ndim != 2 or len(Y) != len(S):
         raise ValueError(f"Y must have one row for each of the graph's {len(S)} items, got shape {tuple(Y.shape)}.")
     Z, n_iter, residual = torch.empty_like(Y), 0, Y.new_empty(Y.shape[1])

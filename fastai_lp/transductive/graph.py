@@ -11,7 +11,7 @@ import warnings
 import torch
 from scipy import sparse
 
-from .settings import check, constraints, defaults
+from .settings import as_floats, as_tensor, check, constraints, defaults
 
 # %% ../../nbs/transductive/03_graph.ipynb #c9cda4bf
 def csr(
@@ -63,14 +63,15 @@ def _plus_transpose_by_keys(a, idxs):
 
 # %% ../../nbs/transductive/03_graph.ipynb #0728c57d
 def affinity(
-    sims:torch.Tensor, # [n, k] similarities from `knn`; no edge if 0 or negative
-    idxs:torch.Tensor, # int64 [n, k] neighbors; −1 if missing
+    sims, # [n, k] tensor or array: similarities from `knn`; no edge if 0 or negative
+    idxs, # int [n, k] tensor or array: neighbors; −1 if missing
     gamma:float=defaults.gamma, # exponent γ of the similarities (the paper's 3)
-)->torch.Tensor: # W float32 [n, n], sparse CSR; symmetric, zero diagonal, only positive values stored
+)->torch.Tensor: # W [n, n] in the dtype of `sims`, sparse CSR; symmetric, zero diagonal, only positive values stored
     """Affinity matrix W = A + Aᵀ of Eq. 9.
 
     A neighbor that occurs twice in a row counts twice. Items may have no edges."""
-    check(constraints, gamma=gamma)
+    gamma = check(constraints, gamma=gamma)['gamma']
+    sims, idxs = as_floats(sims).detach(), as_tensor(idxs).long()
     own = torch.arange(len(idxs), device=idxs.device)[:, None]
     edge = (idxs >= 0) & (idxs != own) & (sims > 0)
     a = torch.where(edge, sims, 0).pow_(gamma)

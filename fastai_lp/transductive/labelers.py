@@ -18,7 +18,7 @@ from .graph import csr
 from .propagate import build_graph, propagate
 from .pseudo import PseudoLabels
 from .scoring import from_scores
-from .settings import as_rows, check, check_keep_Z, check_labels, constraints, defaults, one_of
+from .settings import as_floats, as_rows, as_tensor, check, check_keep_Z, check_labels, constraints, defaults, one_of
 
 # %% ../../nbs/transductive/10_labelers.ipynb #4a882f3a
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class _Labeler:
     _constraints = constraints
 
     def __post_init__(self):
-        check(self._constraints, **vars(self))
+        vars(self).update(check(self._constraints, **vars(self)))
         if not isinstance(self.prior, str): self.prior = [float(o) for o in self.prior]
 
     def _weighting(self):
@@ -93,7 +93,8 @@ class NetworkPrediction(_Labeler):
     )->PseudoLabels:
         "Use the softmax of the logits as scores"
         y, _ = check_labels(y, logits.shape[1], n_items=len(logits))
-        return self._ablated(from_scores(logits.float().softmax(1), y.to(logits.device), **self._weighting()))
+        scores = as_floats(logits).detach().float().softmax(1)
+        return self._ablated(from_scores(scores, y.to(scores.device), **self._weighting()))
 
 # %% ../../nbs/transductive/10_labelers.ipynb #a494f3e5
 class Played(NamedTuple):
@@ -106,17 +107,20 @@ class Played(NamedTuple):
 
 def replicator(
     W:torch.Tensor, # [n, n] payoffs: symmetric sparse CSR, non-negative, from `affinity`
-    P:torch.Tensor, # float [n, c] start; rows sum to 1, one-hot for labeled items
-    labeled:torch.Tensor, # bool [n]: these items never move
+    P, # [n, c] tensor or array: start; rows sum to 1, one-hot for labeled items
+    labeled, # bool [n] tensor or array: these items never move
     max_iter:int, # largest number of steps
     tol:float, # mean change at which the game ends, once the change no longer grows
 )->Played: # in the dtype and on the device of `P`
     """Replicator dynamics of all items at once (Erdem and Pelillo, 2012).
 
     An item does not move if its neighbors play none of its classes. A class with probability 0 never returns."""
+    check(constraints, max_iter=max_iter, tol=tol)
+    P = as_floats(P)
+    labeled = as_tensor(labeled).to(P.device, torch.bool)
     degree = spmm(W, P.new_ones(len(P), 1))[:, 0]
     # scaling a row does not change the dynamics, and rows that sum to 1 do not underflow
-    W = csr(W.crow_indices(), W.col_indices(), W.values()/degree.repeat_interleave(W.crow_indices().diff()), len(P))
+    W = csr(W.crow_indices(), W.col_indices(), W.values().to(P.dtype)/degree.repeat_interleave(W.crow_indices().diff()), len(P))
     reached, change = labeled, torch.inf
     for n_iter in range(1, max_iter+1):
         payoff = spmm(W, torch.cat([P, reached[:, None].to(P)], 1))
@@ -149,7 +153,7 @@ class GTG(_OnGraph):
         y = check_labels(y, c, n_items=len(x))[0].to(x.device)
         W, found = build_graph(x, self.k, self.gamma, self.backend, self.index)
         built, labeled = time.perf_counter(), y >= 0
-        P = logits.detach().to(x).softmax(1) if self.start == 'network' else x.new_full((len(x), c), 1/c)
+        P = as_floats(logits).detach().to(x).softmax(1) if self.start == 'network' else x.new_full((len(x), c), 1/c)
         P = torch.where(labeled[:, None], F.one_hot(y.clamp(min=0), c).to(P), P)
         game = replicator(W, P, labeled, self.max_iter, self.tol)
         info = dict(W=W, n_iter=game.n_iter, residual=game.change, graph=found)

@@ -12,7 +12,7 @@ import warnings
 import torch
 import faiss  # after torch: its CUDA 12 libraries must not be loaded before those of torch
 
-from .settings import as_rows, check, constraints, defaults
+from .settings import as_floats, as_rows, check, constraints, defaults, sizes
 from ..utils.distributed import gathered, share_of
 from ..utils.progress import blocks
 
@@ -25,9 +25,10 @@ def default_k(
 
 # %% ../../nbs/transductive/02_neighbors.ipynb #19e069ed
 def unit_rows(
-    x:torch.Tensor, # float32 [n, d], from `settings.as_rows`
-)->torch.Tensor: # [n, d]; `x` itself if all row norms are 1 (to within 1e-5) or 0
+    x, # [n, d] tensor or array of real numbers
+)->torch.Tensor: # [n, d] in the dtype of `x`; `x` itself if all row norms are 1 (to within 1e-5) or 0
     "ℓ2-normalize the rows"
+    x = as_floats(x)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     extreme = ((norm < 1e-15) | (norm > 1e15)).flatten().nonzero().flatten()
     extreme = extreme[(x[extreme] != 0).any(1)]
@@ -178,19 +179,21 @@ def knn(
 
     An approximate `index` may find fewer than k: missing neighbors have index −1 and similarity 0.
     Raises `ValueError` for rows that are not finite (with their indices), fewer than 2 rows, and invalid settings."""
-    check(constraints, k=k)
+    k, chunk_bytes = check(constraints | sizes, k=k, chunk_bytes=chunk_bytes).values()
     x = as_rows(x)
     k, rows = _clamp_k(k, len(x)), torch.arange(*share_of(len(x)), device=x.device)
     return gathered(*_search(x, k, rows, *engine_for(x, backend, index), chunk_bytes))
 
 # %% ../../nbs/transductive/02_neighbors.ipynb #bbb241dd
 def knn_recall(
-    x:torch.Tensor, # [n, d] features that were searched
-    sims:torch.Tensor, # [n, k] similarities found
+    x, # [n, d] tensor or array: features that were searched
+    sims, # [n, k] tensor or array: similarities found
     sample:int=1000, # items to search exactly: 2 % of the exact search at n = 50,000; standard error below 0.002
     seed:int=0, # of the sample
 )->float: # in [0, 1]
     "Estimate the share of the k nearest neighbors that a search found"
+    check(sizes, sample=sample)
+    x, sims = as_rows(x), as_floats(sims)
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:sample].sort()[0].to(x.device)
     true, _ = _search(x, sims.shape[1], rows, *engine_for(x, 'auto', 'Flat'))
     return (sims[rows] >= true[:, -1:] - 1e-6).float().mean().item()

@@ -16,7 +16,7 @@ from .graph import affinity, normalize
 from .neighbors import engine_for, knn, knn_recall, unit_rows
 from .pseudo import PseudoLabels
 from .scoring import BlockScores, from_scores
-from .settings import as_rows, check, check_keep_Z, check_labels, constraints, defaults
+from .settings import as_codes, as_rows, check, check_keep_Z, check_labels, constraints, defaults, sizes
 from ..utils.progress import blocks, reporting
 
 # %% ../../nbs/transductive/08_propagate.ipynb #777122a2
@@ -29,13 +29,13 @@ def _seed_columns(y, first, stop, seeds):
 
 
 def seed_matrix(
-    y:torch.Tensor, # int64 [n], negative if unlabeled
+    y, # int [n] tensor or array, negative if unlabeled
     n_classes:int, # c
     seeds:str=defaults.seeds, # columns sum to 1 ('class_size', the authors' program), or each label is 1 ('raw', Eq. 5)
 )->torch.Tensor: # float32 [n, c]
     "Label matrix Y of Eq. 5; rows of unlabeled items are 0"
-    check(constraints, seeds=seeds)
-    return _seed_columns(y, 0, n_classes, seeds)
+    check(constraints | sizes, seeds=seeds, n_classes=n_classes)
+    return _seed_columns(as_codes(y), 0, n_classes, seeds)
 
 # %% ../../nbs/transductive/08_propagate.ipynb #b9332b2a
 def spread(
@@ -55,7 +55,7 @@ def spread(
 )->PseudoLabels: # on the device of `W`
     "Diffuse labels over a graph and weight the resulting pseudo-labels"
     weighting = dict(omega_norm=omega_norm, zeta_norm=zeta_norm, temperature=temperature, balance=balance, prior=prior)
-    check(constraints, seeds=seeds, keep_Z=keep_Z, **weighting)
+    keep_Z = check(constraints, seeds=seeds, keep_Z=keep_Z, **weighting)['keep_Z']
     check_keep_Z(keep_Z, temperature, balance)
     y, n_classes = check_labels(y, n_classes, n_items=len(W))
     y, start = y.to(W.device), time.perf_counter()
@@ -75,14 +75,14 @@ def spread(
 
 # %% ../../nbs/transductive/08_propagate.ipynb #7a4d1897
 def build_graph(
-    x:torch.Tensor, # float32 [n, d] features, from `as_rows`; ℓ2-normalized here
+    x, # [n, d] features, tensor or array; ℓ2-normalized here
     k:int=defaults.k, # neighbors per item; None: `default_k(n)`
     gamma:float=defaults.gamma, # exponent of the similarities (the paper's 3)
     backend:str=defaults.backend, # see `knn`
     index:str=defaults.index, # see `knn`
 )->tuple[torch.Tensor, dict]: # (W [n, n] sparse CSR, dict(recall=…))
     "Build the graph of Eq. 9 from features, and measure the recall of its neighbor search"
-    x = unit_rows(x)
+    x = unit_rows(as_rows(x))
     sims, idxs = knn(x, k, backend, index)
     exact = engine_for(x, backend, index)[1] == 'Flat'
     return affinity(sims, idxs, gamma), dict(recall=1. if exact else knn_recall(x, sims))

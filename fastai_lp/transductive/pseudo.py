@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from .graph import csr
+from .settings import as_tensor
 from ..utils.files import atomic_write, read_npz
 
 # %% ../../nbs/transductive/06_pseudo.ipynb #e76248ff
@@ -21,12 +22,12 @@ from ..utils.files import atomic_write, read_npz
 class PseudoLabels:
     "Pseudo-labels with their weights"
     labels:torch.Tensor # int64 [n]: the given label or else the pseudo-label; −1 if no label reaches the item
-    certainty:torch.Tensor # float32 [n]: ω, 1 for labeled items, 0 for unreached ones
+    certainty:torch.Tensor # float32 [n] (float64 if the scores are): ω, 1 for labeled items, 0 for unreached ones
     class_weights:torch.Tensor # float32 [c]: ζ
     labeled:torch.Tensor # bool [n]: the label was given
     reached:torch.Tensor # bool [n]: labeled, or reached by some label
-    Z:torch.Tensor=None # float32 [n, c]: scores the labels were read from; None if they were not kept
-    W:torch.Tensor=None # float32 [n, n] sparse CSR: the graph; None if there is none
+    Z:torch.Tensor=None # float32 or float64 [n, c]: scores the labels were read from; None if they were not kept
+    W:torch.Tensor=None # float32 or float64 [n, n] sparse CSR: the graph; None if there is none
     n_iter:int=0 # iterations of the solver
     residual:float=0. # largest relative residual over classes
     graph:dict=field(default_factory=dict) # `recall` of the neighbor search; empty without a graph
@@ -44,7 +45,9 @@ def accuracy(self:PseudoLabels,
     truth, # int [n] true classes; negative if unknown
 )->float: # in [0, 1]; an unreached item counts as wrong. NaN if the truth is known for no unlabeled item
     "Accuracy of the pseudo-labels of the unlabeled items"
-    truth = torch.as_tensor(truth, device=self.labels.device)
+    truth = as_tensor(truth)
+    if truth.shape != self.labels.shape: raise ValueError(f"expected one true class per item, got shape {tuple(truth.shape)}.")
+    truth = truth.to(self.labels.device)
     asked = ~self.labeled & (truth >= 0)
     return (self.labels == truth)[asked].float().mean().item()
 
@@ -70,8 +73,10 @@ def _validated(p):
     n, c = len(p.labels), len(p.class_weights)
     expected = dict(labels=([n], torch.int64), certainty=([n], torch.float32), class_weights=([c], torch.float32),
         labeled=([n], torch.bool), reached=([n], torch.bool), Z=([n, c], torch.float32), W=([n, n], torch.float32))
+    wide = {'Z', 'W', 'certainty' if p.Z is not None and p.Z.dtype == torch.float64 else None}
     for name, (shape, dtype) in expected.items():
         o = getattr(p, name)
+        if name in wide and o is not None and o.dtype == torch.float64: dtype = torch.float64
         if o is not None and (list(o.shape), o.dtype) != (shape, dtype):
             raise ValueError(f"{name} must have shape {shape} and {dtype}, got shape {list(o.shape)} and {o.dtype}.")
     if n and not (p.labels.min() >= -1 and p.labels.max() < c): raise ValueError(f"labels must be −1 to {c-1}.")
@@ -94,6 +99,17 @@ def from_state_dict(cls:PseudoLabels,
     return _validated(cls(**{**d, 'W': None if W is None else csr(*W, len(d['labels']), check=True)}))
 
 # %% ../../nbs/transductive/06_pseudo.ipynb #f6e8a621
+def _plain_array(name, o):
+    "An array that can be loaded without pickle"
+    if isinstance(o, torch.Tensor): return o.detach().cpu().numpy()
+    try: array = np.asarray(o)
+    except ValueError as e: raise ValueError(f"{name} is not an array ({e}). Nothing was written.") from e
+    if not array.dtype.hasobject: return array
+    first = next(iter(array.flat), None)
+    raise ValueError(f"{name} has Python objects, such as a {type(first).__name__}, expected numbers or text: "
+        "convert them, for example with str. Nothing was written.")
+
+# %% ../../nbs/transductive/06_pseudo.ipynb #5b61b0e9
 @patch
 def save(self:PseudoLabels,
     fname, # path of the .npz file
@@ -104,7 +120,8 @@ def save(self:PseudoLabels,
     d = {k: v for k, v in vars(self).items() if k not in ('seconds', 'graph', 'W') and v is not None}
     for name in ('seconds', 'graph'): d.update({f'{name}_{k}': v for k, v in getattr(self, name).items()})
     if self.W is not None: d.update(W=self.W.values(), W_crow=self.W.crow_indices(), W_col=self.W.col_indices().int())
-    d = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in d.items()} | more
+    if twice := d.keys() & more: raise ValueError(f"{min(twice)} is a part of the pseudo-labels: choose another name.")
+    d = {k: _plain_array(k, v) for k, v in (d | more).items()}
     with atomic_write(fname, checksum=True) as f: np.savez_compressed(f, **d)
     return fname
 

@@ -13,26 +13,27 @@ from fastcore.basics import patch
 
 from .balance import balanced, class_prior, sharpened
 from .pseudo import PseudoLabels
-from .settings import check, constraints, defaults
+from .settings import as_codes, as_floats, check, constraints, defaults, sizes
 
 # %% ../../nbs/transductive/07_scoring.ipynb #e84aa425
 def certainty(
-    Z:torch.Tensor, # [n, c] scores; negative ones (rounding errors of CG) count as 0
-)->torch.Tensor: # [n] in [0, 1]; 0 for a row without positive scores
+    Z, # [n, c] tensor or array of scores; negative ones (rounding errors of CG) count as 0
+)->torch.Tensor: # [n] in the dtype of `Z`, in [0, 1]; 0 for a row without positive scores
     "Certainty ω of each item (Eq. 11), before any normalization over items"
     p = sharpened(Z)
     entropy = -torch.special.xlogy(p, p).sum(1)
-    omega = 1 - entropy/math.log(Z.shape[1]) if Z.shape[1] > 1 else torch.ones_like(entropy)
+    omega = 1 - entropy/math.log(p.shape[1]) if p.shape[1] > 1 else torch.ones_like(entropy)
     return torch.where((p > 0).any(1), omega.clamp(0, 1), 0)
 
 # %% ../../nbs/transductive/07_scoring.ipynb #5b6a0d75
 def class_weights(
-    labels:torch.Tensor, # int [n]; negative: counts for no class
+    labels, # int [n] tensor or array; negative: counts for no class
     n_classes:int, # c
     norm:str=defaults.zeta_norm, # average 1 over 'items' (the authors' program) or over 'classes' (the paper's text)
 )->torch.Tensor: # float32 [c]; 0 for a class without items
     "Class weights ζ, inversely proportional to the number of items per class"
-    check(constraints, zeta_norm=norm)
+    n_classes = check(constraints | sizes, zeta_norm=norm, n_classes=n_classes)['n_classes']
+    labels = as_codes(labels)
     count = torch.bincount(labels[labels >= 0], minlength=n_classes).float()
     zeta = torch.where(count > 0, 1/count, 0)
     if norm == 'items': return zeta*count.sum()/(count > 0).sum().clamp(min=1)
@@ -52,17 +53,19 @@ def _weighted(top, reached, omega, n_classes, y, omega_norm, zeta_norm, **info):
 
 
 def from_scores(
-    Z:torch.Tensor, # float [n, c] non-negative scores of any origin
-    y:torch.Tensor, # int [n] given labels, negative if unlabeled
+    Z, # [n, c] tensor or array: non-negative scores of any origin
+    y, # int [n] tensor or array: given labels, negative if unlabeled
     omega_norm:str=defaults.omega_norm, # divide ω by its maximum over 'all' items (authors), over 'unlabeled' ones, or not (None)
     zeta_norm:str=defaults.zeta_norm, # see `class_weights`
     temperature:float=defaults.temperature, # below 1: sharpen the scores first, see `sharpened`
     balance:str=defaults.balance, # 'sinkhorn': match the class shares in `prior`, see `balanced`
     prior=defaults.prior, # class shares for `balance`: 'labels', 'uniform' or one number per class
     **info # further fields of `PseudoLabels`
-)->PseudoLabels: # with `Z` unchanged
+)->PseudoLabels: # with `Z` unchanged; certainty in its dtype
     "Pseudo-labels (Eq. 7), certainty ω (Eq. 11) and class weights ζ from any scores"
     check(constraints, omega_norm=omega_norm, zeta_norm=zeta_norm, temperature=temperature, balance=balance, prior=prior)
+    Z = as_floats(Z)
+    y = as_codes(y).to(Z.device)
     P, free = Z, (y < 0)[:, None]
     if temperature != 1 or balance: P = sharpened(Z, temperature)
     if balance: P = torch.where(free, balanced(P*free, class_prior(prior, y, Z.shape[1])), P)
