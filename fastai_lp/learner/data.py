@@ -17,6 +17,12 @@ from fastai.torch_core import TensorCategory
 
 from ..transductive.labels import check_types, is_unlabeled
 
+# %% ../../nbs/learner/02_data.ipynb #4d47a7e6
+def _whole(labels):
+    "Integers instead of floats if all are whole numbers: a column of numbers with NaN has floats only"
+    def is_whole(o): return isinstance(o, (float, np.floating)) and float(o).is_integer()
+    return labels.map(int) if all(map(is_whole, labels)) else labels
+
 # %% ../../nbs/learner/02_data.ipynb #d3ff1e1d
 class SemiCategorize(Categorize):
     "`Categorize` that encodes a missing label as −100 and decodes a negative target as `?`"
@@ -31,7 +37,7 @@ class SemiCategorize(Categorize):
         if self.vocab is None and dsets is not None:
             labels = L(o for o in dsets if not is_unlabeled(o))
             check_types(labels)
-            self.vocab = CategoryMap(labels, sort=self.sort)
+            self.vocab = CategoryMap(_whole(labels), sort=self.sort)
         self.c = len(self.vocab)
 
     def encodes(self, o):

@@ -6,6 +6,7 @@
 __all__ = ['FolderLabel', 'sorted_by_name', 'SemiImageDataLoaders']
 
 # %% ../../nbs/learner/05_images.ipynb #bffe9273
+import csv
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -93,6 +94,23 @@ def from_folder(cls:SemiImageDataLoaders,
     return cls._semi(labeled + held_out + free, path, get_y=get_y, splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
+# %% ../../nbs/learner/05_images.ipynb #71ffc249
+def _column(df, col):
+    "The name of a column that is given by name or position"
+    if isinstance(col, int) and col not in df.columns and -len(df.columns) <= col < len(df.columns): return df.columns[col]
+    if col in df.columns: return col
+    raise ValueError(f"the table has no column {col!r}, it has {list(df.columns)}: set fn_col= and label_col=, "
+        "or delimiter= if a CSV file separates its columns with something else")
+
+
+class _ImageFile(ColReader):
+    "Path of the image of a row; absolute paths stay as they are"
+    def __init__(self, col, folder, suff):
+        super().__init__(col, suff=suff)
+        self.folder = Path(folder)
+
+    def __call__(self, o, **kwargs): return self.folder/str(super().__call__(o))
+
 # %% ../../nbs/learner/05_images.ipynb #a81cecf6
 @patch(cls_method=True)
 @delegates(DataBlock.semi_dataloaders)
@@ -113,28 +131,62 @@ def from_df(cls:SemiImageDataLoaders,
     **kwargs
 ):
     "From a DataFrame in which some labels are missing"
-    if isinstance(label_col, int) and label_col not in df.columns: label_col = df.columns[label_col]
+    fn_col, label_col = _column(df, fn_col), _column(df, label_col)
     if valid_col is not None and df[df[valid_col].astype(bool)][label_col].map(is_unlabeled).any():
         raise ValueError(f"{valid_col!r} puts unlabeled images into validation: set it to False for them")
     splitter = LabeledOnlySplitter(label_col, valid_pct, seed) if valid_col is None else ColSplitter(valid_col)
-    pref = Path(path) if folder is None else Path(path)/folder
-    return cls._semi(df, path, get_x=ColReader(fn_col, pref=f'{pref}/', suff=suff), get_y=ColReader(label_col),
-        splitter=splitter, vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
+    get_x = _ImageFile(fn_col, Path(path) if folder is None else Path(path)/folder, suff)
+    return cls._semi(df, path, get_x=get_x, get_y=ColReader(label_col), splitter=splitter, vocab=vocab,
+        item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #855d23fb
+# %% ../../nbs/learner/05_images.ipynb #31c5bf5d
+def _number(text):
+    "The number that prints as `text`, else None"
+    for kind in (int, float):
+        try: res = kind(text)
+        except (TypeError, ValueError): continue
+        if repr(res) == text and abs(res) < float('inf'): return res
+
+
+def _typed(column):
+    "Numbers or booleans instead of texts, if nothing is lost"
+    texts = column.dropna().unique()
+    bools = {'True': True, 'False': False}
+    values = bools if set(texts) <= set(bools) else {o: _number(o) for o in texts}
+    if None in values.values() or len(set(values.values())) < len(values): values = {}
+    return pd.Series([None if pd.isna(o) else values.get(o, o) for o in column], index=column.index, dtype=object)
+
+# %% ../../nbs/learner/05_images.ipynb #bdc70b19
+def _read_csv(file, fn_col, label_col, **options):
+    options = dict(keep_default_na=False, na_values=['']) | options
+    columns = pd.read_csv(file, **options | dict(nrows=1, skipfooter=0))
+    names, labels = (_column(columns, o) for o in (fn_col, label_col))
+    types = options.pop('dtype', {})
+    if not isinstance(types, dict): types = dict.fromkeys(columns, types)
+    df = pd.read_csv(file, dtype={names: str, labels: str} | types, **options)
+    if labels not in types: df[labels] = _typed(df[labels])
+    return df
+
+
 @patch(cls_method=True)
 @delegates(SemiImageDataLoaders.from_df)
 def from_csv(cls:SemiImageDataLoaders,
     path, # root folder
     csv_fname='labels.csv', # in `path`
     header='infer', # as in `pandas.read_csv`
-    delimiter:str=',', # as in `pandas.read_csv`
+    delimiter:str=None, # as in `pandas.read_csv`; None: a comma
+    quoting:int=csv.QUOTE_MINIMAL, # as in `pandas.read_csv`
+    csv_kwargs:dict=None, # more arguments of `pandas.read_csv`
+    fn_col=0, # column of the file names
+    label_col=1, # column of the labels
     **kwargs
 ):
     "From a CSV file in which some labels are empty"
-    return cls.from_df(pd.read_csv(Path(path)/csv_fname, header=header, delimiter=delimiter), path=path, **kwargs)
+    options = dict(header=header, delimiter=delimiter, quoting=quoting) | (csv_kwargs or {})
+    df = _read_csv(Path(path)/csv_fname, fn_col, label_col, **options)
+    return cls.from_df(df, path=path, fn_col=fn_col, label_col=label_col, **kwargs)
 
-
+# %% ../../nbs/learner/05_images.ipynb #855d23fb
 @patch(cls_method=True)
 @delegates(SemiImageDataLoaders.from_df)
 def from_lists(cls:SemiImageDataLoaders,

@@ -1,0 +1,144 @@
+"Labeled and unlabeled images from tables, CSV files and folders."
+import csv
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from fastai_lp.interpret import LPInterpretation
+from fastai_lp.learner.images import SemiImageDataLoaders
+from fastai_lp.transductive.propagate import propagate
+
+LOAD = dict(bs=4, num_workers=0, device='cpu', valid_pct=0)
+
+
+def pictures(root, names, size=4):
+    rng = np.random.default_rng(0)
+    for name in names:
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (size, size, 3)).astype('uint8')).save(root/name)
+
+
+def labels_file(root, labels, file='labels.csv', **kwargs):
+    "A CSV file in which every label is followed by an unlabeled image"
+    rows = [o for label in labels for o in (label, '')]
+    names = [f'{i:03}.png' for i in range(len(rows))]
+    pictures(root, names)
+    pd.DataFrame(dict(name=names, label=rows)).to_csv(root/file, index=False, **kwargs)
+    return root
+
+
+def vocab_of(dls): return list(dls.vocab)
+
+
+# Labels in CSV files
+
+TEXTS = ['None', 'NA', 'null', 'n/a', 'nan', 'NULL', '#N/A', '<NA>', ' a', 'a', 'b,c', 'say "x"', 'two\nlines', 'Öl', '1', '1.0', 'True']
+
+
+@pytest.mark.parametrize('texts', [['None', 'cat'], ['NA', 'cat'], ['null', 'n/a', 'nan'], TEXTS], ids=lambda o: o[0])
+def test_csv_only_an_empty_field_is_unlabeled(tmp_path, texts):
+    dls = SemiImageDataLoaders.from_csv(labels_file(tmp_path, texts), **LOAD)
+    assert vocab_of(dls) == sorted(texts)
+    assert (dls.train.targets >= 0).tolist() == [True, False]*len(texts)
+    dls.one_batch()
+
+
+@pytest.mark.parametrize('labels, vocab', [(['0', '1', '2', '10'], [0, 1, 2, 10]), (['-1', '7'], [-1, 7]), (['01', '1'], ['01', '1']),
+    (['1.0', '2.0', '10.0'], [1, 2, 10]), (['0.5', '2.5', '10.5'], [.5, 2.5, 10.5]), (['1', '1.0'], ['1', '1.0']),
+    (['12345678901234567890123', '1'], [1, 12345678901234567890123]), (['1e3', '1000'], ['1000', '1e3']),
+    (['True', 'False'], [False, True]), (['yes', 'True'], ['True', 'yes'])], ids=lambda o: str(o[0]))
+def test_csv_numbers_stay_what_they_are(tmp_path, labels, vocab):
+    found = vocab_of(SemiImageDataLoaders.from_csv(labels_file(tmp_path, labels), **LOAD))
+    assert found == vocab
+    assert [str(o) for o in found] == [str(o) for o in vocab]
+
+
+def test_csv_file_names_are_read_as_text(tmp_path):
+    pictures(tmp_path, [f'{i:03}.png' for i in range(4)])
+    (tmp_path/'labels.csv').write_text('id,label\n000,a\n001,\n002,b\n003,\n')
+    dls = SemiImageDataLoaders.from_csv(tmp_path, suff='.png', **LOAD)
+    assert len(list(dls.train.new(shuffle=False))) == 1
+
+
+@pytest.mark.parametrize('text, kwargs', [
+    ('name,label\n000.png,a\n001.png,?\n002.png,b\n003.png,None\n', dict(csv_kwargs=dict(na_values=['?', 'None']))),
+    ('# photos\nname;label\n000.png;a\n001.png;\n002.png;b\n003.png;\n', dict(delimiter=';', csv_kwargs=dict(comment='#'))),
+    ("name,label\n'000.png',a\n'001.png',\n'002.png',b\n'003.png',\n", dict(csv_kwargs=dict(quotechar="'"))),
+    ('name,label\n000.png,a\n001.png,NA\n002.png,b\n003.png,nan\n', dict(csv_kwargs=dict(keep_default_na=True))),
+    ('000.png,a\n001.png,\n002.png,b\n003.png,\n', dict(header=None)),
+    ('name,label\n000.png,a\n001.png,\n002.png,b\n003.png,\n', dict(quoting=csv.QUOTE_NONE))],
+    ids=['na_values', 'comment', 'quotechar', 'keep_default_na', 'header', 'quoting'])
+def test_csv_options_of_pandas(tmp_path, text, kwargs):
+    pictures(tmp_path, [f'{i:03}.png' for i in range(4)])
+    (tmp_path/'labels.csv').write_text(text)
+    dls = SemiImageDataLoaders.from_csv(tmp_path, **LOAD, **kwargs)
+    assert vocab_of(dls) == ['a', 'b']
+    assert dls.train.targets.tolist() == [0, -1, 1, -1]
+    dls.one_batch()
+
+
+def test_csv_encoding_and_types(tmp_path):
+    labels_file(tmp_path, ['Öl', 'Süß'], encoding='latin1')
+    assert vocab_of(SemiImageDataLoaders.from_csv(tmp_path, csv_kwargs=dict(encoding='latin1'), **LOAD)) == ['Süß', 'Öl']
+    labels_file(tmp_path, ['1', '2'])
+    as_text = SemiImageDataLoaders.from_csv(tmp_path, csv_kwargs=dict(dtype=dict(label=str)), **LOAD)
+    assert vocab_of(as_text) == ['1', '2']
+
+
+@pytest.mark.parametrize('labels', [['None', 'NA'], ['nan', ' '], ['null', 'n/a', '']], ids=str)
+def test_texts_in_a_table_are_classes(tmp_path, labels):
+    names = [f'{i}.png' for i in range(8)]
+    pictures(tmp_path, names)
+    column = labels + [None]*(8-len(labels))
+    expected = sorted(set(labels)-{''})
+    assert vocab_of(SemiImageDataLoaders.from_df(pd.DataFrame(dict(name=names, label=column)), tmp_path, **LOAD)) == expected
+    assert vocab_of(SemiImageDataLoaders.from_lists(tmp_path, names, column, **LOAD)) == expected
+
+
+@pytest.mark.parametrize('dtype', ['float64', 'float32', 'Int64', object])
+def test_whole_numbers_in_a_table_stay_whole(tmp_path, dtype):
+    names = [f'{i}.png' for i in range(8)]
+    pictures(tmp_path, names)
+    df = pd.DataFrame(dict(name=names, label=pd.Series([3, None, 10, None]*2, dtype=dtype)))
+    dls = SemiImageDataLoaders.from_df(df, tmp_path, **LOAD)
+    assert [str(o) for o in dls.vocab] == ['3', '10']
+    assert dls.train.targets.tolist() == [0, -1, 1, -1]*2
+
+
+def interpretation(names, vocab):
+    n, c = len(names), len(vocab)
+    x = torch.eye(c).repeat_interleave(n//c, 0)
+    y = torch.full((n,), -1)
+    y[::n//c] = torch.arange(c)
+    return LPInterpretation(propagate(x, y, c, k=1), items=names, vocab=vocab)
+
+
+@pytest.mark.filterwarnings('ignore:pandas')
+@pytest.mark.parametrize('vocab', [TEXTS, ['None', 'cat'], ['NA', 'null', 'nan'], [0, 1, 10], [False, True], ['01', '1']], ids=str)
+def test_labels_written_by_an_interpretation_are_read_back(tmp_path, vocab):
+    names = [f'{i:03}.png' for i in range(3*len(vocab))]
+    pictures(tmp_path, names)
+    interp = interpretation(names, vocab)
+    interp.pseudo.labels[1] = -1
+    interp.to_csv(tmp_path/'labels.csv')
+    dls = SemiImageDataLoaders.from_csv(tmp_path, vocab=vocab, **LOAD)
+    assert [str(dls.vocab[o]) if o >= 0 else None for o in dls.train.targets.tolist()] == \
+        [None if pd.isna(o) else str(o) for o in interp.to_df().label]
+
+
+@pytest.mark.parametrize('vocab, named', [(['cat', 'None'], 'None'), (['NA', 'cat'], 'NA'), (['a', 'n/a'], 'n/a'), (['nan', 'a'], 'nan')])
+def test_writing_a_class_that_pandas_reads_as_missing_warns(tmp_path, vocab, named):
+    interp = interpretation([f'{i:03}.png' for i in range(6)], vocab)
+    with pytest.warns(UserWarning, match=f'{named!r}.*keep_default_na=False'): file = interp.to_csv(tmp_path/'a.csv')
+    assert pd.read_csv(file).label.isna().any()
+    assert pd.read_csv(file, keep_default_na=False, na_values=['']).label.tolist() == interp.to_df().label.tolist()
+
+
+def test_writing_other_classes_does_not_warn(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        interpretation([f'{i:03}.png' for i in range(6)], ['cat', 'No\nne']).to_csv(tmp_path/'a.csv')
