@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
-from fastai.data.core import Datasets, TfmdDL
+from fastai.callback.data import WeightedDL  # chkstyle: ignore (adds Datasets.weighted_dataloaders)
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, ColReader, IndexSplitter, RandomSplitter
 from fastai.tabular.core import Categorify, Normalize, TabularPandas
 from fastai.tabular.learner import tabular_learner
@@ -17,7 +18,7 @@ from conftest import Look, blob_learner, blobs
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock, targets_of
 from fastai_lp.learner.splitting import LabeledOnlySplitter, hide_labels
-from fastai_lp.learner.streams import semi_dls
+from fastai_lp.learner.streams import TwoStreamDL, semi_dls
 
 
 def datasets(n_labeled, n_unlabeled, **kwargs):
@@ -103,6 +104,76 @@ def test_tta_of_training_items_is_in_order():
     a, b = learn.tta(ds_idx=0, n=2), learn.get_preds(ds_idx=0)
     assert torch.equal(a[1], b[1])
     torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
+
+
+# What semi_dls keeps of the DataLoaders
+
+def plain(n_labeled=10, n_unlabeled=90, bs=16, **kwargs):
+    return datasets(n_labeled, n_unlabeled).dataloaders(bs=bs, num_workers=0, device='cpu', **kwargs)
+
+
+@pytest.mark.parametrize('name, value', [('c', 5), ('vocab', ['x', 'y']), ('note', 'mine'), ('n_inp', 1)])
+def test_semi_dls_keeps_what_was_set(name, value):
+    dls = plain(path='some')
+    setattr(dls, name, value)
+    semi = semi_dls(dls, 4)
+    assert getattr(semi, name) == getattr(semi_dls(semi), name) == value
+    assert (str(semi.path), semi.device, type(semi)) == ('some', dls.device, type(dls))
+    assert (type(semi.train), type(dls.train)) == (TwoStreamDL, TfmdDL), 'the original is unchanged'
+    assert semi.valid is dls.valid
+
+
+def test_semi_dls_keeps_what_was_set_on_the_dataloader():
+    dls = plain()
+    dls.train.note, dls.train.c = 'mine', 7
+    semi = semi_dls(dls)
+    for o in (semi, semi_dls(semi, 2)): assert (o.train.note, o.c) == ('mine', 7)
+    assert semi.train.new(bs=20).note == 'mine'
+
+
+def test_semi_dls_of_a_class_with_its_own_arguments():
+    class Mine(DataLoaders):
+        def __init__(self, name, *loaders):
+            super().__init__(*loaders)
+            self.name = name
+    semi = semi_dls(Mine('mine', *plain().loaders))
+    assert (type(semi), semi.name, len(semi.loaders)) == (Mine, 'mine', 2)
+
+
+def weighted(wgts, n_labeled=10, n_unlabeled=90): return datasets(n_labeled, n_unlabeled).weighted_dataloaders(
+    np.array(wgts, dtype=float), bs=16, num_workers=0, device='cpu')
+
+
+@pytest.mark.parametrize('copied', [lambda o: o, lambda o: semi_dls(o), lambda o: semi_dls(o, 4)], ids=['once', 'twice', 'another labeled_bs'])
+def test_the_weights_of_a_weighted_dl_are_kept(copied):
+    dl = copied(semi_dls(weighted([1, 0]*50))).train
+    drawn = [i for _ in range(3) for i in dl.get_idxs()]
+    assert all(i % 2 == 0 for i in drawn), 'items of weight 0 are never drawn'
+    assert {i for i in drawn if i < 10} == set(range(0, 10, 2))
+    assert all(i % 2 == 0 for i in dl.new(bs=20).get_idxs())
+    drawn = Counter(i for _ in range(20) for i in semi_dls(weighted([1]*10 + [1, 3]*45)).train.get_idxs() if i >= 10)
+    assert sum(n for i, n in drawn.items() if i % 2)/sum(drawn.values()) == pytest.approx(.75, abs=.03)
+
+
+@pytest.mark.parametrize('wgts, stream', [([0]*10 + [1]*90, 'labeled'), ([1]*10 + [0]*90, 'unlabeled')])
+def test_a_stream_without_weight(wgts, stream):
+    with pytest.raises(ValueError, match=f'every {stream} item has the weight 0'): semi_dls(weighted(wgts))
+
+
+@pytest.mark.parametrize('dls, match', [
+    (lambda: datasets(10, 90).partial_dataloaders(40, bs=16, num_workers=0), 'partial_n=40'),
+    (lambda: DataLoaders(TfmdDL(datasets(10, 90), bs=16, shuffle=True, num_workers=0, get_idxs=lambda: [0]*100)), 'get_idxs'),
+    (lambda: DataLoaders(TfmdDL(datasets(10, 90), bs=16, shuffle=True, num_workers=0, shuffle_fn=sorted)), 'shuffle_fn')],
+    ids=['PartialDL', 'get_idxs=', 'shuffle_fn='])
+def test_a_dataloader_that_chooses_its_items_is_refused(dls, match):
+    with pytest.raises(ValueError, match=f'{match}.*without semi_dls'): semi_dls(dls())
+
+
+@pytest.mark.parametrize('name', ['get_idxs', 'shuffle_fn', 'sample'])
+def test_a_class_with_its_own_order_warns(name):
+    own = type('Own', (TfmdDL,), {name: lambda self, *args: getattr(TfmdDL, name)(self, *args)})
+    with pytest.warns(UserWarning, match=f'two streams replace Own.{name}.*without semi_dls'): dls = semi_dls(plain(dl_type=own))
+    assert isinstance(dls.train, own)
 
 
 # Missing labels

@@ -8,6 +8,7 @@ __all__ = ['TwoStreamDL', 'TwoStream', 'two_stream', 'warn_of_unlabeled_validati
 # %% ../../nbs/learner/04_streams.ipynb #f30560f7
 import math
 import warnings
+from copy import copy
 from functools import cache
 from itertools import islice
 
@@ -80,7 +81,7 @@ def __len__(self:TwoStream):
 def get_idxs(self:TwoStream):
     "Item indices of an epoch, batch by batch, one share of the unlabeled items per process"
     if self._unlabeled is None: return super(TwoStream, self).get_idxs()
-    unlabeled = [] if self.labeled_only else self.rng.sample(self._unlabeled, len(self._unlabeled))
+    unlabeled = [] if self.labeled_only else self._shuffled(self._unlabeled)
     each = math.ceil(len(unlabeled)/self.ranks)
     unlabeled = (unlabeled*self.ranks)[:each*self.ranks]
     return [i for r in range(self.ranks) for i in self._epoch_over(unlabeled[r*each:(r+1)*each])]
@@ -100,9 +101,16 @@ def _epoch_over(self:TwoStream, unlabeled):
 
 @patch
 def _draw_labeled(self:TwoStream, n):
-    while len(self.pool) < n: self.pool += self.rng.sample(self._labeled, len(self._labeled))
+    while len(self.pool) < n: self.pool += self._shuffled(self._labeled)
     res, self.pool = self.pool[:n], self.pool[n:]
     return res
+
+
+@patch
+def _shuffled(self:TwoStream, idxs):
+    wgts = vars(self).get('wgts')  # WeightedDL
+    if wgts is None: return self.rng.sample(idxs, len(idxs))
+    return self.rng.choices(idxs, [wgts[i] for i in idxs], k=len(idxs))
 
 # %% ../../nbs/learner/04_streams.ipynb #7946b891
 @patch
@@ -127,6 +135,16 @@ def show_batch(self:TwoStream, b=None, max_n=9, ctxs=None, show=True, unique=Fal
     return super(TwoStream, self).show_batch(b, max_n, ctxs, show, unique, **kwargs)
 
 # %% ../../nbs/learner/04_streams.ipynb #7909abd7
+_not_kept = {*DataLoader._methods, 'dataset', 'bs', 'shuffle', 'drop_last', 'indexed', 'n', 'pin_memory', 'timeout', 'rng',
+    'num_workers', 'offs', 'fake_l', 'it', 'targets', 'labeled_bs', 'labeled_only', 'pool', 'views', 'ranks'}
+
+
+def _with_extras(dl, of):
+    "`dl` with what was set on the DataLoader `of` in addition to fastai's and our own settings"
+    vars(dl).update({k: v for k, v in vars(of).items() if k not in _not_kept and k[0] != '_'})
+    return dl
+
+
 @patch
 def new(self:TwoStream, dataset=None, cls=None, **kwargs):
     "A copy with changes: with two streams if it is for the same dataset and shuffled, else of the original class"
@@ -135,7 +153,8 @@ def new(self:TwoStream, dataset=None, cls=None, **kwargs):
     same_data = dataset is None or dataset is self.dataset
     if same_data and shuffle: kwargs = dict(labeled_bs=self._given_bs, targets=self.targets) | kwargs
     elif cls is None: cls = self._base
-    return super(TwoStream, self).new(dataset=dataset, cls=cls, **kwargs)
+    res = super(TwoStream, self).new(dataset=dataset, cls=cls, **kwargs)
+    return _with_extras(res, self) if same_data and shuffle else res
 
 
 def _blank(base): return object.__new__(two_stream(base))
@@ -158,6 +177,24 @@ def _skip_missing(dl):
     to = dl.dataset
     if isinstance(to, Tabular) and len(to): to.items[to.y_names[0]] = to.targ.iloc[:, 0].where(lambda y: y >= 0, -100)
 
+# %% ../../nbs/learner/04_streams.ipynb #0c722863
+def _check_order(dl):
+    "Refuse or warn if two streams would replace the order of `dl`"
+    how = "use LPCallback without semi_dls, which works with any shuffled DataLoader"
+    names = 'get_idxs', 'shuffle_fn', 'sample'
+    given = [o for o in names if o in vars(dl)] + [f'partial_n={n}' for n in [vars(dl).get('partial_n')] if n is not None]
+    if given: raise ValueError(f"two streams cannot keep {given[0]} of the training DataLoader, which chooses its items: {how}, "
+        "or leave it out")
+    owners = {o: next(c for c in type(dl).__mro__ if o in vars(c)) for o in names}
+    own = [f'{c.__name__}.{o}' for o, c in owners.items() if c.__module__.split('.')[0] != 'fastai']
+    if own: warnings.warn(f"two streams replace {' and '.join(own)}: to keep it, {how}")
+
+
+def _check_weights(dl):
+    if 'wgts' not in vars(dl): return
+    for name, idxs in dict(labeled=dl._labeled, unlabeled=dl._unlabeled).items():
+        if not any(dl.wgts[i] > 0 for i in idxs): raise ValueError(f"every {name} item has the weight 0: give some a weight above 0")
+
 # %% ../../nbs/learner/04_streams.ipynb #c6b8cdb8
 def semi_dls(
     dls:DataLoaders, # with a shuffled training DataLoader in which some labels are missing
@@ -171,11 +208,16 @@ def semi_dls(
     if isinstance(dl, TwoStream):
         if labeled_bs is None: labeled_bs = dl._given_bs
         dl = dl.new(shuffle=False)
+    _check_order(dl)
     warn_of_unlabeled_validation(dls)
     cls, targets = two_stream(type(dl)), targets_of(dl)
     train = dl.new(cls=cls, shuffle=True, drop_last=drop_last, labeled_bs=labeled_bs, targets=targets)
+    _check_weights(_with_extras(train, dls.train))
     for o in dls.loaders: _skip_missing(o)
-    return type(dls)(train, *dls.loaders[1:], path=dls.path, device=dls.device)
+    res = copy(dls)
+    res.loaders = [train, *dls.loaders[1:]]
+    if dls.device is not None: res.device = dls.device
+    return res
 
 # %% ../../nbs/learner/04_streams.ipynb #440a2efc
 @patch
