@@ -1,5 +1,7 @@
 "Missing labels, hidden labels, splits and two-stream batches."
+import warnings
 from collections import Counter
+from pathlib import Path
 
 import cloudpickle
 import numpy as np
@@ -256,7 +258,92 @@ def test_labeled_only_splitter_with_another_splitter():
 @pytest.mark.parametrize('get_y', [ColReader('its label'), 'its label', lambda row: row['its label']])
 def test_labeled_only_splitter_of_a_table(get_y):
     df = pd.DataFrame({'a file': range(40), 'its label': [i % 2 if i < 20 else None for i in range(40)]})
-    _, valid = LabeledOnlySplitter(get_y, .5, seed=0)(df)
+    _, valid = LabeledOnlySplitter(get_y, .5)(df)
     assert len(valid) == 10
     assert max(valid) < 20
     with pytest.warns(UserWarning, match='the validation set is empty'): LabeledOnlySplitter(get_y)(df.iloc[:2])
+
+
+# The place of an item does not change
+
+def grown(n=200, of='ab', steps=(.1, .3, .6, 1)):
+    "Labels of n items, more of them at each step"
+    rng = np.random.default_rng(0)
+    truth, order = rng.choice(list(of), n), rng.permutation(n)
+    for share in steps:
+        known = set(order[:int(n*share)].tolist())
+        yield [str(o) if i in known else None for i, o in enumerate(truth)]
+
+
+def assert_only_adds(splits):
+    "Asserts of (training, validation) names of labeled items that no step moves an item"
+    splits = [(set(a), set(b)) for a, b in splits]
+    for (train, valid), (later, later_valid) in zip(splits, splits[1:]):
+        assert train <= later, 'an item that was trained on is in validation'
+        assert valid <= later_valid, 'a validation item is trained on'
+    train, valid = splits[-1]
+    assert .1 < len(valid)/len(train | valid) < .35
+
+
+ROWS = pd.DataFrame(dict(file=[f'x/{i}.png' for i in range(200)], size=np.arange(200)/7))
+ITEMS = dict(rows=lambda: range(200), paths=lambda: [Path(f'a/{i}.png') for i in range(200)], texts=lambda: [f'text {i}' for i in range(200)],
+    arrays=lambda: list(np.arange(400).reshape(200, 2)), tensors=lambda: list(torch.arange(400).view(200, 2)),
+    pairs=lambda: [(f'{i}.png', None) for i in range(200)], objects=lambda: [object() for _ in range(200)])
+
+
+@pytest.mark.parametrize('kind', ITEMS)
+def test_adding_labels_only_adds(kind):
+    items, splits = ITEMS[kind](), []
+    at = {id(o): i for i, o in enumerate(items)} if kind != 'rows' else {id(o): o for o in items}
+    for labels in grown():
+        table = dict(zip(map(id, items), labels)) if kind != 'rows' else None
+        get_y = labels.__getitem__ if kind == 'rows' else lambda o, table=table: table[id(o)]
+        split = LabeledOnlySplitter(get_y, .2, seed=0)(items)
+        splits.append([[i for i in idxs if labels[i] is not None] for idxs in split])
+    assert len(at) == 200
+    assert_only_adds(splits)
+
+
+@pytest.mark.parametrize('change', [lambda df: df, lambda df: df.sample(frac=1, random_state=1), lambda df: df.iloc[::-1].reset_index(drop=True),
+    lambda df: df[df.label.notna() | (df['size'] > 5)]], ids=['same', 'shuffled', 'new index', 'fewer rows'])
+@pytest.mark.parametrize('by', [dict(), dict(name='file')], ids=['content', 'name'])
+def test_adding_labels_to_a_table_only_adds(change, by):
+    splits = []
+    for k, labels in enumerate(grown()):
+        df = ROWS.assign(label=labels)
+        if k: df = change(df)
+        splits.append([df.file.iloc[list(o)][df.label.iloc[list(o)].notna()] for o in LabeledOnlySplitter('label', .2, 0, **by)(df)])
+    assert_only_adds(splits)
+
+
+def test_a_corrected_label_stays_in_its_set():
+    labels = next(grown(steps=[1]))
+    df = ROWS.assign(label=labels)
+    other = df.assign(label=['a' if i % 3 else o for i, o in enumerate(labels)])
+    for get_y in ('label', ColReader('label'), ColReader(2)):
+        assert LabeledOnlySplitter(get_y, .2, 0)(df) == LabeledOnlySplitter(get_y, .2, 0)(other)
+
+
+@pytest.mark.parametrize('n, valid_pct', [(2000, .2), (2000, .5), (5000, .05)])
+def test_the_share_is_near_valid_pct(n, valid_pct):
+    labels = ['abc'[i % 3] for i in range(n)]
+    splits = [LabeledOnlySplitter(labels.__getitem__, valid_pct, seed)(range(n))[1] for seed in range(5)]
+    expected = valid_pct*n/3
+    for valid in splits:
+        assert all(abs(k - expected) < 4*(expected*(1-valid_pct))**.5 for k in Counter(labels[i] for i in valid).values())
+    assert len({tuple(o) for o in splits}) == 5
+    assert LabeledOnlySplitter(labels.__getitem__, valid_pct, np.int64(4))(range(n))[1] == splits[4]
+
+
+def test_a_place_is_the_same_in_every_version_and_on_every_machine():
+    items = [*'abcdefgh', Path('x/größe 1.png'), *range(4), np.arange(3, dtype=np.uint8), torch.arange(2, dtype=torch.float32)]
+    assert LabeledOnlySplitter(lambda o: 'c', .5, seed=0)(items)[1] == [2, 3, 5, 7, 9, 13]
+
+
+def test_one_label_of_each_class_trains():
+    labels = [i if i < 100 else None for i in range(150)]
+    with pytest.warns(UserWarning) as seen: train, valid = LabeledOnlySplitter(labels.__getitem__, .3, 0)(range(150))
+    assert (len(train), len(valid)) == (150, 0)
+    said = [str(o.message) for o in seen]
+    assert any('have labels in validation only' in o for o in said)
+    assert any('the validation set is empty' in o for o in said)

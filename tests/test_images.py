@@ -1,6 +1,8 @@
 "Labeled and unlabeled images from tables, CSV files and folders."
 import csv
+import unicodedata
 import warnings
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ from PIL import Image
 
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.images import SemiImageDataLoaders
+from fastai_lp.learner.splitting import LabeledOnlySplitter
 from fastai_lp.transductive.propagate import propagate
 
 LOAD = dict(bs=4, num_workers=0, device='cpu', valid_pct=0)
@@ -142,3 +145,58 @@ def test_writing_other_classes_does_not_warn(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         interpretation([f'{i:03}.png' for i in range(6)], ['cat', 'No\nne']).to_csv(tmp_path/'a.csv')
+
+
+# The place of an image does not change
+
+def split_names(dls):
+    "Names of the labeled images for training and for validation"
+    def names(ds, idxs): return {Path(str(ds.items.iloc[i, 0] if hasattr(ds.items, 'iloc') else ds.items[i])).name for i in idxs}
+    targets = dls.train.targets
+    return names(dls.train_ds, (targets >= 0).nonzero().flatten().tolist()), names(dls.valid_ds, range(len(dls.valid_ds)))
+
+
+def assert_only_adds(before, after):
+    for old, new in zip(before, after): assert old <= new
+    assert all(before)
+    assert sum(map(len, after)) > sum(map(len, before))
+
+
+@pytest.mark.parametrize('seed', [0, 1, 7])
+def test_images_moved_into_class_folders_only_add(tmp_path, seed):
+    names = [f'{i:03}.png' for i in range(80)]
+    pictures(tmp_path/'a', [f'{"unsup/some" if i >= 30 else "train/cat" if i % 2 else "train/dog"}/{o}' for i, o in enumerate(names)])
+    load = LOAD | dict(valid_pct=.3, seed=seed)
+    before = split_names(SemiImageDataLoaders.from_folder(tmp_path/'a', **load))
+    for i, o in enumerate(names[30:60]): (tmp_path/'a/unsup/some'/o).rename(tmp_path/'a/train'/('cat' if i % 3 else 'dog')/o)
+    after = split_names(SemiImageDataLoaders.from_folder(tmp_path/'a', **load))
+    assert_only_adds(before, after)
+    (tmp_path/'a').rename(tmp_path/'moved')
+    assert split_names(SemiImageDataLoaders.from_folder(tmp_path/'moved', **load)) == after
+
+
+@pytest.mark.parametrize('change', [lambda df, root: df, lambda df, root: df.sample(frac=1, random_state=0), lambda df, root: df[20:],
+    lambda df, root: df.assign(name=[str(root/o) for o in df.name]), lambda df, root: df.assign(name='./' + df.name)],
+    ids=['same', 'shuffled', 'fewer', 'absolute', 'dot'])
+def test_labels_added_to_a_table_only_add(tmp_path, change):
+    names = [f'some/{i:03}.png' for i in range(80)]
+    pictures(tmp_path, names)
+    load = LOAD | dict(valid_pct=.3, seed=0)
+    labels = ['ab'[i % 2] for i in range(80)]
+    first = pd.DataFrame(dict(name=names, label=[o if 20 <= i < 50 else None for i, o in enumerate(labels)]))
+    then = pd.DataFrame(dict(name=names, label=[o if i < 70 else None for i, o in enumerate(labels)]))
+    before = split_names(SemiImageDataLoaders.from_df(first, tmp_path, **load))
+    assert_only_adds(before, split_names(SemiImageDataLoaders.from_df(change(then, tmp_path), tmp_path, **load)))
+
+
+def test_names_of_other_systems_have_the_same_place(tmp_path):
+    names = [f'Größe {i}.png' for i in range(40)]
+    def valid(names):
+        df = pd.DataFrame(dict(name=names, label=['ab'[i % 2] for i in range(40)]))
+        return LabeledOnlySplitter('label', .3, 0, name='name')(df)[1]
+    expected = valid([f'x/{o}' for o in names])
+    assert 4 < len(expected) < 20
+    assert valid([f'x\\{o}' for o in names]) == expected
+    assert valid([unicodedata.normalize('NFD', f'x/{o}') for o in names]) == expected
+    def valid_files(root): return LabeledOnlySplitter(lambda o: 'a', .3, 0)([root/o for o in names])[1]
+    assert valid_files(tmp_path) == valid_files(tmp_path/'moved') == valid_files(PureWindowsPath('C:/x'))

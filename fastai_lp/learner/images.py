@@ -75,8 +75,8 @@ def from_folder(cls:SemiImageDataLoaders,
     train:str='train', # folder with a folder of labeled images per class; '.' for the root itself
     valid:str='valid', # the same for validation; not used with `valid_pct`
     unlabeled:str='unsup', # folder of unlabeled images, at any depth
-    valid_pct:float=None, # instead of a `valid` folder: share of each class's labeled images to set aside
-    seed:int=None, # of that draw
+    valid_pct:float=None, # instead of a `valid` folder: share of the labeled images to set aside
+    seed:int=None, # images keep their places if labels are added, see `LabeledOnlySplitter`; None: a new draw
     vocab=None, # class names; None: the folders' names
     item_tfms=None, # as in `ImageDataLoaders`
     batch_tfms=None, # as in `ImageDataLoaders`
@@ -94,7 +94,7 @@ def from_folder(cls:SemiImageDataLoaders,
     return cls._semi(labeled + held_out + free, path, get_y=get_y, splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #71ffc249
+# %% ../../nbs/learner/05_images.ipynb #58d9551c
 def _column(df, col):
     "The name of a column that is given by name or position"
     if isinstance(col, int) and col not in df.columns and -len(df.columns) <= col < len(df.columns): return df.columns[col]
@@ -111,14 +111,19 @@ class _ImageFile(ColReader):
 
     def __call__(self, o, **kwargs): return self.folder/str(super().__call__(o))
 
+    def in_folder(self, o):
+        "Path of the image in the folder, with / on all systems"
+        file = self(o)
+        return str(file.relative_to(self.folder) if file.is_relative_to(self.folder) else file)
+
 # %% ../../nbs/learner/05_images.ipynb #a81cecf6
 @patch(cls_method=True)
 @delegates(DataBlock.semi_dataloaders)
 def from_df(cls:SemiImageDataLoaders,
     df:pd.DataFrame, # a row per image
     path='.', # root folder
-    valid_pct:float=.2, # share of each class's labeled images to set aside
-    seed:int=None, # of that draw
+    valid_pct:float=.2, # share of the labeled images to set aside
+    seed:int=None, # images keep their places if labels are added, see `LabeledOnlySplitter`; None: a new draw
     fn_col=0, # column of the file names
     folder=None, # of the images, in `path`
     suff:str='', # added to the file names
@@ -134,12 +139,13 @@ def from_df(cls:SemiImageDataLoaders,
     fn_col, label_col = _column(df, fn_col), _column(df, label_col)
     if valid_col is not None and df[df[valid_col].astype(bool)][label_col].map(is_unlabeled).any():
         raise ValueError(f"{valid_col!r} puts unlabeled images into validation: set it to False for them")
-    splitter = LabeledOnlySplitter(label_col, valid_pct, seed) if valid_col is None else ColSplitter(valid_col)
     get_x = _ImageFile(fn_col, Path(path) if folder is None else Path(path)/folder, suff)
+    by_place = LabeledOnlySplitter(label_col, valid_pct, seed, name=get_x.in_folder)
+    splitter = by_place if valid_col is None else ColSplitter(valid_col)
     return cls._semi(df, path, get_x=get_x, get_y=ColReader(label_col), splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #31c5bf5d
+# %% ../../nbs/learner/05_images.ipynb #89c064b9
 def _number(text):
     "The number that prints as `text`, else None"
     for kind in (int, float):
@@ -156,7 +162,7 @@ def _typed(column):
     if None in values.values() or len(set(values.values())) < len(values): values = {}
     return pd.Series([None if pd.isna(o) else values.get(o, o) for o in column], index=column.index, dtype=object)
 
-# %% ../../nbs/learner/05_images.ipynb #bdc70b19
+# %% ../../nbs/learner/05_images.ipynb #158e59e3
 def _read_csv(file, fn_col, label_col, **options):
     options = dict(keep_default_na=False, na_values=['']) | options
     columns = pd.read_csv(file, **options | dict(nrows=1, skipfooter=0))

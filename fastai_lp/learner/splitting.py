@@ -6,15 +6,19 @@
 __all__ = ['hide_labels', 'LabeledOnlySplitter']
 
 # %% ../../nbs/learner/03_splitting.ipynb #e2178ddf
+import hashlib
+import os
 import random
+import unicodedata
 import warnings
 from collections import defaultdict
 from copy import copy
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from fastcore.foundation import L
 
 from ..transductive.settings import check, integer
@@ -78,34 +82,75 @@ def hide_labels(
         if isinstance(labels, pd.Series): shown = pd.Series(shown, index=labels.index, name=labels.name, dtype=object)
     return shown, labels.clone() if is_tensor else copy(labels)
 
+# %% ../../nbs/learner/03_splitting.ipynb #eecca4ef
+def _name(o, i):
+    "A text that stands for item `o` at position `i`, the same on every machine"
+    if isinstance(o, tuple) and o: return _name(o[0], i)
+    if isinstance(o, PurePath) or isinstance(o, str) and os.path.isfile(o): return _name(str(PurePath(o).name), i)
+    if isinstance(o, str): return unicodedata.normalize('NFC', o.replace('\\', '/'))
+    if isinstance(o, torch.Tensor): o = o.detach().cpu().numpy()
+    if isinstance(o, np.ndarray) and o.ndim and o.dtype != object: return f'{o.dtype}{o.shape}{hashlib.sha256(o.tobytes()).hexdigest()}'
+    return f'item {i}' if type(o).__repr__ is object.__repr__ else str(o)
+
+
+def _row_names(df, idxs, get_y):
+    "The contents of the rows `idxs` without their label"
+    label = getattr(get_y, 'cols', [] if callable(get_y) else [get_y])
+    label = {df.columns[o] if isinstance(o, int) and o not in df.columns else o for o in label}
+    columns = [map(str, df[c].iloc[idxs].tolist()) for c in df.columns if c not in label]
+    return ['\x1f'.join(o) for o in zip(*columns)] if columns else [str(df.index[i]) for i in idxs]
+
+
+def _place(name, seed):
+    "A number in [0, 1) that depends on `name` and `seed`"
+    digest = hashlib.blake2b(f'{seed}/{name}'.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+    return int.from_bytes(digest, 'big')/2**64
+
 # %% ../../nbs/learner/03_splitting.ipynb #28e2f42a
 class LabeledOnlySplitter:
     "A splitter with labeled items only in the validation set"
     def __init__(self,
         get_y, # function of an item that returns its label, missing if unlabeled; or a column of a DataFrame
-        valid_pct:float=.2, # share of each class's labeled items to set aside
-        seed:int=None, # of the draw
+        valid_pct:float=.2, # share of the labeled items to set aside
+        seed:int=None, # items keep their places if labels are added; None: a new draw at every call
         splitter=None, # instead of the draw: any fastai splitter, applied to the labeled items
+        name=None, # with `seed`: function of an item that returns its name, or a column of a DataFrame; None: see above
     ):
-        self.get_y, self.valid_pct, self.seed, self.splitter = get_y, valid_pct, seed, splitter
+        self.get_y, self.valid_pct, self.seed, self.splitter, self.name = get_y, valid_pct, seed, splitter, name
 
     def __call__(self, items):
-        labels = self._labels(items)
+        labels = self._each(items, self.get_y)
         labeled = [i for i, o in enumerate(labels) if not is_unlabeled(o)]
-        if self.splitter is None: valid = self._draw(labels)
-        else:
+        if self.splitter is not None:
             some = items.iloc[labeled] if isinstance(items, pd.DataFrame) else L(items)[labeled]
             valid = {labeled[i] for i in self.splitter(some)[1]}
+        else: valid = self._draw(labels) if self.seed is None else self._by_place(items, labels, labeled)
         if not valid and self.valid_pct > 0:
             warnings.warn(f"the validation set is empty: {len(labeled)} labeled items are too few to set any aside")
         return L(i for i in range(len(labels)) if i not in valid), L(sorted(valid))
 
-    def _labels(self, items):
-        if not isinstance(items, pd.DataFrame): return [self.get_y(o) for o in items]
-        if not callable(self.get_y): return items[self.get_y].tolist()
-        return [self.get_y(items.iloc[i]) for i in range(len(items))]
+    def _each(self, items, f, idxs=None):
+        idxs = range(len(items)) if idxs is None else idxs
+        if not isinstance(items, pd.DataFrame): return [f(items[i]) for i in idxs]
+        return [f(items.iloc[i]) for i in idxs] if callable(f) else items[f].iloc[list(idxs)].tolist()
 
     def _draw(self, labels):
         rng = random.Random(self.seed)
         def size(n): return min(round(self.valid_pct*n), n-1)
         return {i for idxs in _by_class(labels).values() for i in rng.sample(idxs, size(len(idxs)))}
+
+# %% ../../nbs/learner/03_splitting.ipynb #3a986252
+@patch
+def _by_place(self:LabeledOnlySplitter, items, labels, labeled):
+    if self.name is not None: names = self._each(items, self.name, labeled)
+    elif isinstance(items, pd.DataFrame): names = _row_names(items, labeled, self.get_y)
+    else: names = [items[i] for i in labeled]
+    places = {i: _place(_name(o, i), self.seed) for i, o in zip(labeled, names)}
+    valid, alone = {i for i, o in places.items() if o < self.valid_pct}, []
+    for c, idxs in _by_class(labels).items():
+        if all(i in valid for i in idxs):
+            valid.remove(max(idxs, key=places.get))
+            alone.append(c)
+    if alone: warnings.warn(f"{len(alone)} classes have labels in validation only, such as {alone[0]!r}: one label of each trains, "
+        "and may move to validation if its class gets more labels. Label at least five items per class, or take another seed")
+    return valid

@@ -177,7 +177,7 @@ def _skip_missing(dl):
     to = dl.dataset
     if isinstance(to, Tabular) and len(to): to.items[to.y_names[0]] = to.targ.iloc[:, 0].where(lambda y: y >= 0, -100)
 
-# %% ../../nbs/learner/04_streams.ipynb #0c722863
+# %% ../../nbs/learner/04_streams.ipynb #d24f4f08
 def _check_order(dl):
     "Refuse or warn if two streams would replace the order of `dl`"
     how = "use LPCallback without semi_dls, which works with any shuffled DataLoader"
