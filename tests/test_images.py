@@ -1,5 +1,6 @@
 "Labeled and unlabeled images from tables, CSV files and folders."
 import csv
+import shutil
 import unicodedata
 import warnings
 from pathlib import Path, PureWindowsPath
@@ -8,11 +9,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.data.block import DataBlock
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.data.transforms import get_image_files
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.vision.data import ImageBlock
 from PIL import Image
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from fastai_lp.interpret import LPInterpretation
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.data import SemiCategoryBlock
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.learner.splitting import LabeledOnlySplitter
+from fastai_lp.learner.streams import TwoStream, semi_dls
 from fastai_lp.transductive.propagate import propagate
 
 LOAD = dict(bs=4, num_workers=0, device='cpu', valid_pct=0)
@@ -200,3 +213,92 @@ def test_names_of_other_systems_have_the_same_place(tmp_path):
     assert valid([unicodedata.normalize('NFD', f'x/{o}') for o in names]) == expected
     def valid_files(root): return LabeledOnlySplitter(lambda o: 'a', .3, 0)([root/o for o in names])[1]
     assert valid_files(tmp_path) == valid_files(tmp_path/'moved') == valid_files(PureWindowsPath('C:/x'))
+
+
+# Copies of validation images
+
+def copied(root, copies=5, distinct=12):
+    "Four labeled and four validation images, `distinct` unlabeled ones, and copies of validation images under other names"
+    pictures(root, [f'train/{c}/{c}{i}.png' for c in 'ab' for i in range(2)] + [f'valid/{c}/v{c}{i}.png' for c in 'ab' for i in range(2)]
+        + [f'unsup/u{i}.png' for i in range(distinct)])
+    held_out = sorted((root/'valid').rglob('*.png'))
+    for i in range(copies): shutil.copy(held_out[i % 4], root/f'unsup/copy{i}.png')
+    return root
+
+
+def table(root):
+    files = sorted(root.rglob('*.png'))
+    names = [o.relative_to(root).as_posix() for o in files]
+    labels = [None if 'unsup' in o.parts else o.parent.name for o in files]
+    return pd.DataFrame(dict(name=names, label=labels, valid=['valid' in o.parts for o in files]))
+
+
+def from_csv(root):
+    table(root).to_csv(root/'labels.csv', index=False)
+    return SemiImageDataLoaders.from_csv(root, valid_col='valid', **COPIES)
+
+
+def from_block(root):
+    def get_y(o): return None if 'unsup' in o.parts else o.parent.name
+    def splitter(files): return [[i for i, o in enumerate(files) if ('valid' in o.parts) == part] for part in (False, True)]
+    block = DataBlock(blocks=(ImageBlock, SemiCategoryBlock), get_items=get_image_files, get_y=get_y, splitter=splitter)
+    return block.semi_dataloaders(root, bs=4, num_workers=0, device='cpu')
+
+
+COPIES = dict(bs=4, num_workers=0, device='cpu')
+SOURCES = dict(from_folder=lambda root: SemiImageDataLoaders.from_folder(root, **COPIES),
+    from_df=lambda root: SemiImageDataLoaders.from_df(table(root), root, valid_col='valid', **COPIES),
+    absolute=lambda root: SemiImageDataLoaders.from_df(table(root).assign(name=lambda df: [str(root/o) for o in df.name]), valid_col='valid', **COPIES),
+    from_csv=from_csv, block=from_block)
+
+
+@pytest.mark.parametrize('source', SOURCES)
+@pytest.mark.parametrize('copies', [1, 5])
+def test_unlabeled_copies_of_validation_images_warn(tmp_path, source, copies):
+    match = rf'^{copies} training images \({copies} of them unlabeled\) are copies of validation images.*copy[0-4].png'
+    with pytest.warns(UserWarning, match=match): SOURCES[source](copied(tmp_path, copies))
+
+
+@pytest.mark.parametrize('source', SOURCES)
+def test_other_images_do_not_warn(tmp_path, source):
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'copies|training')
+        SOURCES[source](copied(tmp_path, 0))
+
+
+def test_the_same_file_twice_in_a_table(tmp_path):
+    names = [f'{i}.png' for i in range(8)]
+    pictures(tmp_path, names)
+    df = pd.DataFrame(dict(name=names + names[:2], label=['a', 'b']*2 + [None]*6, valid=[True]*2 + [False]*8))
+    with pytest.warns(UserWarning, match='^2 training images .2 of them unlabeled.'):
+        SemiImageDataLoaders.from_df(df, tmp_path, valid_col='valid', **COPIES)
+
+
+def test_only_files_of_the_same_size_are_read(tmp_path, monkeypatch):
+    root = copied(tmp_path, 2, 30)
+    for i in range(30): (root/f'unsup/u{i}.png').write_bytes((root/f'unsup/u{i}.png').read_bytes() + b'\0'*(i+100))
+    read = []
+    monkeypatch.setattr(Path, 'open', lambda self, *args, open=Path.open, **kwargs: read.append(self.name) or open(self, *args, **kwargs))
+    with pytest.warns(UserWarning, match='2 training images'): SemiImageDataLoaders.from_folder(root, **COPIES)
+    assert {'copy0.png', 'copy1.png'} <= set(read)
+    assert not [o for o in read if o[0] == 'u']
+    assert len(read) == len(set(read)), 'each file once'
+
+
+@pytest.mark.parametrize('rows', [torch.arange(120.).view(40, 3), torch.arange(120, dtype=torch.uint8).view(40, 1, 3)], ids=['float', 'byte'])
+def test_copies_among_arrays(rows):
+    rows[20:23] = rows[30:33]
+    y = torch.where(torch.arange(40) < 6, torch.arange(40) % 2, -100)
+    y[30:] = torch.arange(10) % 2
+    train, valid = TensorDataset(rows[:30], y[:30]), TensorDataset(rows[30:], y[30:])
+    dls = DataLoaders(DataLoader(train, bs=8, shuffle=True, num_workers=0), DataLoader(valid, bs=8, num_workers=0))
+    with pytest.warns(UserWarning, match='^3 training items .3 of them unlabeled. are copies of validation items'): semi_dls(dls)
+
+
+def test_a_plain_dataloader_warns_when_the_callback_starts(tmp_path):
+    with pytest.warns(UserWarning, match='copies of validation images'): dls = SOURCES['block'](copied(tmp_path))
+    plain = DataLoaders(dls.train.new(shuffle=False).new(shuffle=True), dls.valid, device='cpu')
+    assert not isinstance(plain.train, TwoStream)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    learn = Learner(plain, model, loss_func=CrossEntropyLossFlat())
+    with pytest.warns(UserWarning, match='5 training images .5 of them unlabeled.'), learn.no_bar(): learn.fit(1, cbs=LPCallback())

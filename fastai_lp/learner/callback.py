@@ -36,7 +36,7 @@ from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .mixing import StreamMixUp
 from .record import LPRecord, class_names, item_names, truth_of
 from .scoped import FitScoped
-from .streams import TwoStream, warn_of_unlabeled_validation
+from .streams import TwoStream, warn_of_copies, warn_of_unlabeled_validation
 
 # %% ../../nbs/learner/13_callback.ipynb #2a4ab06f
 _share = number('of at least 0', lambda o: o >= 0)
@@ -170,7 +170,9 @@ def _check_data(self:LPCallback, fit):
     if self.unlabeled_tfms and not hasattr(getattr(dl, 'after_batch', None), 'fs'):
         raise ValueError(f"unlabeled_tfms need a DataLoader with batch transforms, such as TfmdDL, got {type(dl).__name__}")
     y, vocab = dl.targets if isinstance(dl, TwoStream) else targets_of(dl), class_names(learn.dls)
-    if not isinstance(dl, TwoStream): warn_of_unlabeled_validation(learn.dls)  # two-stream DataLoaders have warned already
+    if not isinstance(dl, TwoStream):  # two-stream DataLoaders have warned already
+        warn_of_unlabeled_validation(learn.dls)
+        warn_of_copies(learn.dls, y)
     if (y >= 0).all(): raise ValueError(f"all {len(y)} training items are labeled: {HOW_TO_UNLABEL}")
     check_labels(y, learn.dls.c, vocab)
     fit.y, fit.vocab = y.to(learn.dls.device), None if vocab is None else list(vocab)

@@ -94,7 +94,7 @@ def from_folder(cls:SemiImageDataLoaders,
     return cls._semi(labeled + held_out + free, path, get_y=get_y, splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #58d9551c
+# %% ../../nbs/learner/05_images.ipynb #f876cc55
 def _column(df, col):
     "The name of a column that is given by name or position"
     if isinstance(col, int) and col not in df.columns and -len(df.columns) <= col < len(df.columns): return df.columns[col]
@@ -145,7 +145,7 @@ def from_df(cls:SemiImageDataLoaders,
     return cls._semi(df, path, get_x=get_x, get_y=ColReader(label_col), splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #89c064b9
+# %% ../../nbs/learner/05_images.ipynb #b2dea140
 def _number(text):
     "The number that prints as `text`, else None"
     for kind in (int, float):
@@ -162,7 +162,7 @@ def _typed(column):
     if None in values.values() or len(set(values.values())) < len(values): values = {}
     return pd.Series([None if pd.isna(o) else values.get(o, o) for o in column], index=column.index, dtype=object)
 
-# %% ../../nbs/learner/05_images.ipynb #158e59e3
+# %% ../../nbs/learner/05_images.ipynb #7ffc4156
 def _read_csv(file, fn_col, label_col, **options):
     options = dict(keep_default_na=False, na_values=['']) | options
     columns = pd.read_csv(file, **options | dict(nrows=1, skipfooter=0))
@@ -180,7 +180,7 @@ def from_csv(cls:SemiImageDataLoaders,
     path, # root folder
     csv_fname='labels.csv', # in `path`
     header='infer', # as in `pandas.read_csv`
-    delimiter:str=None, # as in `pandas.read_csv`; None: a comma
+    delimiter:str=None, # as in `pandas.read_csv`; None: a comma, or `sep` of `csv_kwargs`
     quoting:int=csv.QUOTE_MINIMAL, # as in `pandas.read_csv`
     csv_kwargs:dict=None, # more arguments of `pandas.read_csv`
     fn_col=0, # column of the file names
@@ -188,7 +188,7 @@ def from_csv(cls:SemiImageDataLoaders,
     **kwargs
 ):
     "From a CSV file in which some labels are empty"
-    options = dict(header=header, delimiter=delimiter, quoting=quoting) | (csv_kwargs or {})
+    options = dict(header=header, quoting=quoting) | (dict(delimiter=delimiter) if delimiter else {}) | (csv_kwargs or {})
     df = _read_csv(Path(path)/csv_fname, fn_col, label_col, **options)
     return cls.from_df(df, path=path, fn_col=fn_col, label_col=label_col, **kwargs)
 
