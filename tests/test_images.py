@@ -12,7 +12,7 @@ import torch
 from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.data.transforms import get_image_files
+from fastai.data.transforms import FuncSplitter, get_image_files
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.data import ImageBlock
@@ -52,7 +52,8 @@ def vocab_of(dls): return list(dls.vocab)
 
 # Labels in CSV files
 
-TEXTS = ['None', 'NA', 'null', 'n/a', 'nan', 'NULL', '#N/A', '<NA>', ' a', 'a', 'b,c', 'say "x"', 'two\nlines', 'Öl', '1', '1.0', 'True']
+TEXTS = ['None', 'NA', 'null', 'n/a', 'nan', 'NULL', '#N/A', '<NA>', ' a', 'a',
+    'b,c', 'say "x"', 'two\nlines', 'Öl', '1', '1.0', 'True']
 
 
 @pytest.mark.parametrize('texts', [['None', 'cat'], ['NA', 'cat'], ['null', 'n/a', 'nan'], TEXTS], ids=lambda o: o[0])
@@ -99,7 +100,8 @@ def test_csv_options_of_pandas(tmp_path, text, kwargs):
 
 def test_csv_encoding_and_types(tmp_path):
     labels_file(tmp_path, ['Öl', 'Süß'], encoding='latin1')
-    assert vocab_of(SemiImageDataLoaders.from_csv(tmp_path, csv_kwargs=dict(encoding='latin1'), **LOAD)) == ['Süß', 'Öl']
+    dls = SemiImageDataLoaders.from_csv(tmp_path, csv_kwargs=dict(encoding='latin1'), **LOAD)
+    assert vocab_of(dls) == ['Süß', 'Öl']
     labels_file(tmp_path, ['1', '2'])
     as_text = SemiImageDataLoaders.from_csv(tmp_path, csv_kwargs=dict(dtype=dict(label=str)), **LOAD)
     assert vocab_of(as_text) == ['1', '2']
@@ -111,7 +113,8 @@ def test_texts_in_a_table_are_classes(tmp_path, labels):
     pictures(tmp_path, names)
     column = labels + [None]*(8-len(labels))
     expected = sorted(set(labels)-{''})
-    assert vocab_of(SemiImageDataLoaders.from_df(pd.DataFrame(dict(name=names, label=column)), tmp_path, **LOAD)) == expected
+    df = pd.DataFrame(dict(name=names, label=column))
+    assert vocab_of(SemiImageDataLoaders.from_df(df, tmp_path, **LOAD)) == expected
     assert vocab_of(SemiImageDataLoaders.from_lists(tmp_path, names, column, **LOAD)) == expected
 
 
@@ -133,8 +136,11 @@ def interpretation(names, vocab):
     return LPInterpretation(propagate(x, y, c, k=1), items=names, vocab=vocab)
 
 
+VOCABS = TEXTS, ['None', 'cat'], ['NA', 'null', 'nan'], [0, 1, 10], [False, True], ['01', '1']
+
+
 @pytest.mark.filterwarnings('ignore:pandas')
-@pytest.mark.parametrize('vocab', [TEXTS, ['None', 'cat'], ['NA', 'null', 'nan'], [0, 1, 10], [False, True], ['01', '1']], ids=str)
+@pytest.mark.parametrize('vocab', VOCABS, ids=str)
 def test_labels_written_by_an_interpretation_are_read_back(tmp_path, vocab):
     names = [f'{i:03}.png' for i in range(3*len(vocab))]
     pictures(tmp_path, names)
@@ -146,9 +152,9 @@ def test_labels_written_by_an_interpretation_are_read_back(tmp_path, vocab):
         [None if pd.isna(o) else str(o) for o in interp.to_df().label]
 
 
-@pytest.mark.parametrize('vocab, named', [(['cat', 'None'], 'None'), (['NA', 'cat'], 'NA'), (['a', 'n/a'], 'n/a'), (['nan', 'a'], 'nan')])
-def test_writing_a_class_that_pandas_reads_as_missing_warns(tmp_path, vocab, named):
-    interp = interpretation([f'{i:03}.png' for i in range(6)], vocab)
+@pytest.mark.parametrize('named', ['None', 'NA', 'n/a', 'nan'])
+def test_writing_a_class_that_pandas_reads_as_missing_warns(tmp_path, named):
+    interp = interpretation([f'{i:03}.png' for i in range(6)], ['a', named])
     with pytest.warns(UserWarning, match=f'{named!r}.*keep_default_na=False'): file = interp.to_csv(tmp_path/'a.csv')
     assert pd.read_csv(file).label.isna().any()
     assert pd.read_csv(file, keep_default_na=False, na_values=['']).label.tolist() == interp.to_df().label.tolist()
@@ -164,7 +170,9 @@ def test_writing_other_classes_does_not_warn(tmp_path):
 
 def split_names(dls):
     "Names of the labeled images for training and for validation"
-    def names(ds, idxs): return {Path(str(ds.items.iloc[i, 0] if hasattr(ds.items, 'iloc') else ds.items[i])).name for i in idxs}
+    def names(ds, idxs):
+        items = ds.items.name.tolist() if hasattr(ds.items, 'iloc') else ds.items
+        return {Path(items[i]).name for i in idxs}
     targets = dls.train.targets
     return names(dls.train_ds, (targets >= 0).nonzero().flatten().tolist()), names(dls.valid_ds, range(len(dls.valid_ds)))
 
@@ -178,10 +186,11 @@ def assert_only_adds(before, after):
 @pytest.mark.parametrize('seed', [0, 1, 7])
 def test_images_moved_into_class_folders_only_add(tmp_path, seed):
     names = [f'{i:03}.png' for i in range(80)]
-    pictures(tmp_path/'a', [f'{"unsup/some" if i >= 30 else "train/cat" if i % 2 else "train/dog"}/{o}' for i, o in enumerate(names)])
+    folders = ['unsup/some' if i >= 30 else 'train/cat' if i % 2 else 'train/dog' for i in range(80)]
+    pictures(tmp_path/'a', [f'{folder}/{o}' for folder, o in zip(folders, names)])
     load = LOAD | dict(valid_pct=.3, seed=seed)
     before = split_names(SemiImageDataLoaders.from_folder(tmp_path/'a', **load))
-    for i, o in enumerate(names[30:60]): (tmp_path/'a/unsup/some'/o).rename(tmp_path/'a/train'/('cat' if i % 3 else 'dog')/o)
+    for i, o in enumerate(names[30:60]): (tmp_path/'a/unsup/some'/o).rename(tmp_path/('a/train/cat' if i % 3 else 'a/train/dog')/o)
     after = split_names(SemiImageDataLoaders.from_folder(tmp_path/'a', **load))
     assert_only_adds(before, after)
     (tmp_path/'a').rename(tmp_path/'moved')
@@ -218,9 +227,9 @@ def test_names_of_other_systems_have_the_same_place(tmp_path):
 # Copies of validation images
 
 def copied(root, copies=5, distinct=12):
-    "Four labeled and four validation images, `distinct` unlabeled ones, and copies of validation images under other names"
-    pictures(root, [f'train/{c}/{c}{i}.png' for c in 'ab' for i in range(2)] + [f'valid/{c}/v{c}{i}.png' for c in 'ab' for i in range(2)]
-        + [f'unsup/u{i}.png' for i in range(distinct)])
+    "4 labeled and 4 validation images, `distinct` unlabeled ones, and copies of validation images under other names"
+    labeled = [f'{part}/{c}/{part[0]}{c}{i}.png' for part in ('train', 'valid') for c in 'ab' for i in range(2)]
+    pictures(root, labeled + [f'unsup/u{i}.png' for i in range(distinct)])
     held_out = sorted((root/'valid').rglob('*.png'))
     for i in range(copies): shutil.copy(held_out[i % 4], root/f'unsup/copy{i}.png')
     return root
@@ -240,16 +249,24 @@ def from_csv(root):
 
 def from_block(root):
     def get_y(o): return None if 'unsup' in o.parts else o.parent.name
-    def splitter(files): return [[i for i, o in enumerate(files) if ('valid' in o.parts) == part] for part in (False, True)]
+    splitter = FuncSplitter(lambda o: 'valid' in o.parts)
     block = DataBlock(blocks=(ImageBlock, SemiCategoryBlock), get_items=get_image_files, get_y=get_y, splitter=splitter)
     return block.semi_dataloaders(root, bs=4, num_workers=0, device='cpu')
 
 
 COPIES = dict(bs=4, num_workers=0, device='cpu')
-SOURCES = dict(from_folder=lambda root: SemiImageDataLoaders.from_folder(root, **COPIES),
-    from_df=lambda root: SemiImageDataLoaders.from_df(table(root), root, valid_col='valid', **COPIES),
-    absolute=lambda root: SemiImageDataLoaders.from_df(table(root).assign(name=lambda df: [str(root/o) for o in df.name]), valid_col='valid', **COPIES),
-    from_csv=from_csv, block=from_block)
+def from_df(root): return SemiImageDataLoaders.from_df(table(root), root, valid_col='valid', **COPIES)
+
+
+def absolute(root):
+    df = table(root)
+    return SemiImageDataLoaders.from_df(df.assign(name=f'{root}/' + df.name), valid_col='valid', **COPIES)
+
+
+def from_folder(root): return SemiImageDataLoaders.from_folder(root, **COPIES)
+
+
+SOURCES = dict(from_folder=from_folder, from_df=from_df, absolute=absolute, from_csv=from_csv, block=from_block)
 
 
 @pytest.mark.parametrize('source', SOURCES)
@@ -278,15 +295,17 @@ def test_only_files_of_the_same_size_are_read(tmp_path, monkeypatch):
     root = copied(tmp_path, 2, 30)
     for i in range(30): (root/f'unsup/u{i}.png').write_bytes((root/f'unsup/u{i}.png').read_bytes() + b'\0'*(i+100))
     read = []
-    monkeypatch.setattr(Path, 'open', lambda self, *args, open=Path.open, **kwargs: read.append(self.name) or open(self, *args, **kwargs))
+    def noted(self, *args, opened=Path.open): return read.append(self.name) or opened(self, *args)
+    monkeypatch.setattr(Path, 'open', noted)
     with pytest.warns(UserWarning, match='2 training images'): SemiImageDataLoaders.from_folder(root, **COPIES)
     assert {'copy0.png', 'copy1.png'} <= set(read)
     assert not [o for o in read if o[0] == 'u']
     assert len(read) == len(set(read)), 'each file once'
 
 
-@pytest.mark.parametrize('rows', [torch.arange(120.).view(40, 3), torch.arange(120, dtype=torch.uint8).view(40, 1, 3)], ids=['float', 'byte'])
-def test_copies_among_arrays(rows):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.uint8], ids=str)
+def test_copies_among_arrays(dtype):
+    rows = torch.arange(120, dtype=dtype).view(40, 1, 3)
     rows[20:23] = rows[30:33]
     y = torch.where(torch.arange(40) < 6, torch.arange(40) % 2, -100)
     y[30:] = torch.arange(10) % 2
@@ -301,4 +320,70 @@ def test_a_plain_dataloader_warns_when_the_callback_starts(tmp_path):
     assert not isinstance(plain.train, TwoStream)
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
     learn = Learner(plain, model, loss_func=CrossEntropyLossFlat())
-    with pytest.warns(UserWarning, match='5 training images .5 of them unlabeled.'), learn.no_bar(): learn.fit(1, cbs=LPCallback())
+    with pytest.warns(UserWarning, match='5 training images .5 of them'), learn.no_bar(): learn.fit(1, cbs=LPCallback())
+
+
+# Tables as other programs write them
+
+@pytest.fixture
+def some(tmp_path):
+    "Eight images and their table"
+    names = [f'a b/{i}.png' for i in range(8)]
+    pictures(tmp_path, names)
+    return pd.DataFrame(dict(name=names, label=['a', 'b', None, None]*2)), tmp_path
+
+
+def shape_of(dls): return tuple(dls.one_batch()[0].shape)
+
+
+@pytest.mark.parametrize('change', [lambda o, root: str(root/o), lambda o, root: root/o, lambda o, root: './' + o,
+    lambda o, root: o.replace('/', '\\')], ids=['absolute', 'Path', 'dot', 'backslash'])
+def test_file_names_in_a_table(some, change):
+    df, root = some
+    changed = df.assign(name=pd.Series([change(o, root) for o in df.name], dtype=object))
+    assert shape_of(SemiImageDataLoaders.from_df(changed, root, **LOAD)) == (4, 3, 4, 4)
+    dls = SemiImageDataLoaders.from_lists(root, changed.name.tolist(), df.label.tolist(), **LOAD)
+    assert shape_of(dls) == (4, 3, 4, 4)
+
+
+@pytest.mark.parametrize('start', ['', 'photos', 'photos/more'])
+def test_lists_of_files_as_get_image_files_returns_them(some, monkeypatch, start):
+    df, root = some
+    monkeypatch.chdir(root)
+    (root/'photos/more').mkdir(parents=True)
+    (root/'a b').rename(root/start/'a b')
+    files = get_image_files(Path(start or '.')).sorted()
+    assert shape_of(SemiImageDataLoaders.from_lists(start or '.', files, df.label.tolist(), **LOAD)) == (4, 3, 4, 4)
+
+
+@pytest.mark.parametrize('first, rest', [(['True'], 'False'), (['yes'], 'no'), (['valid'], 'train'), ([True, None], False), ([1, 2], 0),
+    ([1., np.nan], 0.)], ids=str)
+def test_a_validation_column_that_is_not_boolean(some, first, rest):
+    (df, root), values = some, first + [rest]*(8-len(first))
+    with pytest.raises(ValueError, match="'valid' must hold True and False"):
+        SemiImageDataLoaders.from_df(df.assign(valid=values), root, valid_col='valid', **LOAD)
+
+
+@pytest.mark.parametrize('dtype', [bool, int, float, object, 'boolean'])
+def test_a_validation_column(some, dtype):
+    df, root = some
+    valid = pd.Series([True, True] + [False]*6).astype(dtype)
+    dls = SemiImageDataLoaders.from_df(df.assign(valid=valid), root, valid_col='valid', **COPIES)
+    assert len(dls.valid_ds) == 2
+
+
+@pytest.mark.parametrize('missing', [None, np.nan, '', pd.NA])
+def test_a_row_without_file_name(some, missing):
+    df, root = some
+    names = df.name.astype(object)
+    names.iloc[5] = missing
+    with pytest.raises(ValueError, match=r"1 rows have no file name in 'name', first row 5"):
+        SemiImageDataLoaders.from_df(df.assign(name=names), root, **LOAD)
+
+
+@pytest.mark.parametrize('labels', [['cat', 'cat '], [' cat', 'cat', 'dog'], ['cat', 'cat\t']], ids=str)
+def test_classes_that_differ_in_spaces_only(some, labels):
+    df, root = some
+    df = df.assign(label=labels + [None]*(8-len(labels)))
+    with pytest.warns(UserWarning, match="'cat'.* only in spaces"): dls = SemiImageDataLoaders.from_df(df, root, **LOAD)
+    assert dls.c == len(labels)

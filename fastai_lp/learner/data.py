@@ -6,6 +6,8 @@
 __all__ = ['SemiCategorize', 'SemiCategoryBlock', 'targets_of']
 
 # %% ../../nbs/learner/02_data.ipynb #e81a7360
+import warnings
+
 import numpy as np
 import pandas as pd
 import torch
@@ -16,6 +18,14 @@ from fastai.tabular.core import Tabular
 from fastai.torch_core import TensorCategory
 
 from ..transductive.labels import check_types, is_unlabeled
+
+# %% ../../nbs/learner/02_data.ipynb #a1870cb2
+def _warn_of_spaces(vocab):
+    "Warn of class names that differ in spaces at the start or end only"
+    names = {}
+    for o in vocab: names.setdefault(o.strip() if isinstance(o, str) else o, []).append(o)
+    if twins := next((o for o in names.values() if len(o) > 1), None):
+        warnings.warn(f"the classes {twins} differ only in spaces: remove them with str.strip if they are the same class")
 
 # %% ../../nbs/learner/02_data.ipynb #4d47a7e6
 def _whole(labels):
@@ -38,6 +48,7 @@ class SemiCategorize(Categorize):
             labels = L(o for o in dsets if not is_unlabeled(o))
             check_types(labels)
             self.vocab = CategoryMap(_whole(labels), sort=self.sort)
+            _warn_of_spaces(self.vocab)
         self.c = len(self.vocab)
 
     def encodes(self, o):

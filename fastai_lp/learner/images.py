@@ -8,15 +8,17 @@ __all__ = ['FolderLabel', 'sorted_by_name', 'SemiImageDataLoaders']
 # %% ../../nbs/learner/05_images.ipynb #bffe9273
 import csv
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.data.block import DataBlock
-from fastai.data.transforms import ColReader, ColSplitter, get_image_files, parent_label
+from fastai.data.transforms import ColReader, IndexSplitter, get_image_files, parent_label
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 
@@ -94,7 +96,7 @@ def from_folder(cls:SemiImageDataLoaders,
     return cls._semi(labeled + held_out + free, path, get_y=get_y, splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #f876cc55
+# %% ../../nbs/learner/05_images.ipynb #5a8c5ab1
 def _column(df, col):
     "The name of a column that is given by name or position"
     if isinstance(col, int) and col not in df.columns and -len(df.columns) <= col < len(df.columns): return df.columns[col]
@@ -103,13 +105,27 @@ def _column(df, col):
         "or delimiter= if a CSV file separates its columns with something else")
 
 
+def _check_rows(df, names, labels, valid):
+    "Check that each row has a file name, and that validation is given by booleans and has labels"
+    unnamed = np.flatnonzero(df[names].map(is_unlabeled))
+    if len(unnamed): raise ValueError(f"{len(unnamed)} rows have no file name in {names!r}, first row {unnamed[0]}: remove them")
+    if valid is None: return
+    strange = [o for o in df[valid].unique() if o is pd.NA or o not in (True, False)]
+    if strange: raise ValueError(f"{valid!r} must hold True and False (or 1 and 0) only, got {strange[0]!r}")
+    if df[df[valid].astype(bool)][labels].map(is_unlabeled).any():
+        raise ValueError(f"{valid!r} puts unlabeled images into validation: set it to False for them")
+
+
 class _ImageFile(ColReader):
     "Path of the image of a row; absolute paths stay as they are"
     def __init__(self, col, folder, suff):
         super().__init__(col, suff=suff)
         self.folder = Path(folder)
 
-    def __call__(self, o, **kwargs): return self.folder/str(super().__call__(o))
+    def __call__(self, o, **kwargs):
+        name = str(super().__call__(o))
+        if '\\' in name and not (self.folder/name).exists(): name = name.replace('\\', '/')  # written by Windows
+        return self.folder/name
 
     def in_folder(self, o):
         "Path of the image in the folder, with / on all systems"
@@ -137,15 +153,15 @@ def from_df(cls:SemiImageDataLoaders,
 ):
     "From a DataFrame in which some labels are missing"
     fn_col, label_col = _column(df, fn_col), _column(df, label_col)
-    if valid_col is not None and df[df[valid_col].astype(bool)][label_col].map(is_unlabeled).any():
-        raise ValueError(f"{valid_col!r} puts unlabeled images into validation: set it to False for them")
+    if valid_col is not None: valid_col = _column(df, valid_col)
+    _check_rows(df, fn_col, label_col, valid_col)
     get_x = _ImageFile(fn_col, Path(path) if folder is None else Path(path)/folder, suff)
     by_place = LabeledOnlySplitter(label_col, valid_pct, seed, name=get_x.in_folder)
-    splitter = by_place if valid_col is None else ColSplitter(valid_col)
+    splitter = by_place if valid_col is None else IndexSplitter(np.flatnonzero(df[valid_col].astype(bool)).tolist())
     return cls._semi(df, path, get_x=get_x, get_y=ColReader(label_col), splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #b2dea140
+# %% ../../nbs/learner/05_images.ipynb #1776d338
 def _number(text):
     "The number that prints as `text`, else None"
     for kind in (int, float):
@@ -162,7 +178,7 @@ def _typed(column):
     if None in values.values() or len(set(values.values())) < len(values): values = {}
     return pd.Series([None if pd.isna(o) else values.get(o, o) for o in column], index=column.index, dtype=object)
 
-# %% ../../nbs/learner/05_images.ipynb #7ffc4156
+# %% ../../nbs/learner/05_images.ipynb #ff9a62e8
 def _read_csv(file, fn_col, label_col, **options):
     options = dict(keep_default_na=False, na_values=['']) | options
     columns = pd.read_csv(file, **options | dict(nrows=1, skipfooter=0))
@@ -197,11 +213,13 @@ def from_csv(cls:SemiImageDataLoaders,
 @delegates(SemiImageDataLoaders.from_df)
 def from_lists(cls:SemiImageDataLoaders,
     path, # root folder
-    fnames, # a path per image
+    fnames, # a path per image, in `path`, or as `get_image_files(path)` returns it
     labels, # a label per image, None if unlabeled
     **kwargs
 ):
     "From lists of files and labels"
     if len(fnames) != len(labels): raise ValueError(f"expected one label per file, got {len(fnames)} files and {len(labels)} labels")
-    columns = dict(name=[str(o) for o in fnames], label=list(labels))
+    root = Path(path)/(kwargs.get('folder') or '')
+    is_full = len(fnames) and not (root/fnames[0]).exists() and Path(fnames[0]).exists()  # as from get_image_files(path)
+    columns = dict(name=[os.path.relpath(o, root) if is_full else str(o) for o in fnames], label=list(labels))
     return cls.from_df(pd.DataFrame({k: pd.Series(v, dtype=object) for k, v in columns.items()}), path=path, **kwargs)

@@ -82,7 +82,7 @@ def hide_labels(
         if isinstance(labels, pd.Series): shown = pd.Series(shown, index=labels.index, name=labels.name, dtype=object)
     return shown, labels.clone() if is_tensor else copy(labels)
 
-# %% ../../nbs/learner/03_splitting.ipynb #22650135
+# %% ../../nbs/learner/03_splitting.ipynb #bb94914e
 def _name(o, i):
     "A text that stands for item `o` at position `i`, the same on every machine"
     if isinstance(o, tuple) and o: return _name(o[0], i)
@@ -139,7 +139,7 @@ class LabeledOnlySplitter:
         def size(n): return min(round(self.valid_pct*n), n-1)
         return {i for idxs in _by_class(labels).values() for i in rng.sample(idxs, size(len(idxs)))}
 
-# %% ../../nbs/learner/03_splitting.ipynb #e4de25a0
+# %% ../../nbs/learner/03_splitting.ipynb #6098e345
 @patch
 def _by_place(self:LabeledOnlySplitter, items, labels, labeled):
     if self.name is not None: names = self._each(items, self.name, labeled)
@@ -155,7 +155,7 @@ def _by_place(self:LabeledOnlySplitter, items, labels, labeled):
         "and may move to validation if its class gets more labels. Label at least five items per class, or take another seed")
     return valid
 
-# %% ../../nbs/learner/03_splitting.ipynb #e6c2242c
+# %% ../../nbs/learner/03_splitting.ipynb #f0840065
 _max_looked, _max_read, _max_bytes = 100_000, 10_000, 2**28
 
 
@@ -182,7 +182,7 @@ def _copied_files(train, valid):
     first = {o: i for i, o in reversed(list(originals.items()))}
     return sorted((i, first[o]) for i, o in found.items() if o in first), is_all and is_all_valid and len(order) <= _max_looked
 
-# %% ../../nbs/learner/03_splitting.ipynb #de01b425
+# %% ../../nbs/learner/03_splitting.ipynb #a14bccce
 def _copied_rows(train, valid):
     def hashes(rows):
         size = max(1, rows[0].nbytes) if len(rows) else 1
@@ -194,7 +194,7 @@ def _copied_rows(train, valid):
     found = hashes(train)
     return [(i, first[o]) for i, o in enumerate(found) if o in first], len(found) == len(train) and len(originals) == len(valid)
 
-
+# %% ../../nbs/learner/03_splitting.ipynb #3c21fa44
 def find_copies(
     train, # paths, or an array or tensor, of the training items
     valid, # the same of the validation items

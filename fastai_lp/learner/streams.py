@@ -110,7 +110,7 @@ def _draw_labeled(self:TwoStream, n):
     res, self.pool = self.pool[:n], self.pool[n:]
     return res
 
-
+# %% ../../nbs/learner/04_streams.ipynb #65df0538
 @patch
 def _shuffled(self:TwoStream, idxs):
     wgts = vars(self).get('wgts')  # WeightedDL
@@ -161,7 +161,7 @@ def new(self:TwoStream, dataset=None, cls=None, **kwargs):
     res = super(TwoStream, self).new(dataset=dataset, cls=cls, **kwargs)
     return _with_extras(res, self) if same_data and shuffle else res
 
-
+# %% ../../nbs/learner/04_streams.ipynb #c51dd1bc
 def _blank(base): return object.__new__(two_stream(base))
 
 
@@ -195,7 +195,7 @@ def _inputs(dl):
     is_known = items is not None and len(items) and isinstance(items[0], (str, Path, np.ndarray, torch.Tensor))
     return items if is_known else None
 
-# %% ../../nbs/learner/04_streams.ipynb #0f8d27dd
+# %% ../../nbs/learner/04_streams.ipynb #09f8503e
 def warn_of_copies(
     dls:DataLoaders, # of files or arrays; others are not compared
     targets:torch.Tensor, # int [n], below 0 if unlabeled
@@ -211,12 +211,12 @@ def warn_of_copies(
     warnings.warn(f"{'' if is_all else 'at least '}{len(pairs)} training {kind} ({n} of them unlabeled) are copies of validation {kind}, "
         f"first {first}: the validation metrics are too good. Remove the copies, or validate on other {kind}")
 
-# %% ../../nbs/learner/04_streams.ipynb #8beb5376
+# %% ../../nbs/learner/04_streams.ipynb #2061ef9e
 def _skip_missing(dl):
     to = dl.dataset
     if isinstance(to, Tabular) and len(to): to.items[to.y_names[0]] = to.targ.iloc[:, 0].where(lambda y: y >= 0, -100)
 
-# %% ../../nbs/learner/04_streams.ipynb #59bed2d1
+# %% ../../nbs/learner/04_streams.ipynb #89228c78
 def _check_order(dl):
     "Refuse or warn if two streams would replace the order of `dl`"
     how = "use LPCallback without semi_dls, which works with any shuffled DataLoader"
