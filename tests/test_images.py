@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.data.block import DataBlock
+from fastai.data.block import DataBlock, MultiCategoryBlock, RegressionBlock
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import FuncSplitter, get_image_files
@@ -387,3 +387,13 @@ def test_classes_that_differ_in_spaces_only(some, labels):
     df = df.assign(label=labels + [None]*(8-len(labels)))
     with pytest.warns(UserWarning, match="'cat'.* only in spaces"): dls = SemiImageDataLoaders.from_df(df, root, **LOAD)
     assert dls.c == len(labels)
+
+
+@pytest.mark.parametrize('given', [dict(label_delim='|'), dict(y_block=MultiCategoryBlock), dict(y_block=RegressionBlock)], ids=str)
+def test_other_targets_than_one_class(some, given):
+    df, root = some
+    df.to_csv(root/'labels.csv', index=False)
+    lists = df.name.tolist(), df.label.tolist()
+    for make, args in dict(from_df=(df, root), from_csv=(root,), from_lists=(root, *lists)).items():
+        with pytest.raises(ValueError, match='is not supported: each image has one class'):
+            getattr(SemiImageDataLoaders, make)(*args, **LOAD, **given)

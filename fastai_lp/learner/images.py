@@ -51,6 +51,8 @@ class SemiImageDataLoaders(ImageDataLoaders):
     "`ImageDataLoaders` for images of which some are unlabeled, with two streams in training"
     @classmethod
     def _semi(cls, source, path, vocab, img_cls, **kwargs):
+        other = [o for o in ('y_block', 'label_delim') if kwargs.pop(o, None) is not None]
+        if other: raise ValueError(f"{other[0]} is not supported: each image has one class, or none if it is unlabeled")
         block_args = {k: kwargs.pop(k) for k in ('get_x', 'get_y', 'splitter', 'item_tfms', 'batch_tfms') if k in kwargs}
         dblock = DataBlock(blocks=(ImageBlock(img_cls), SemiCategoryBlock(vocab=vocab)), **block_args)
         dls = dblock.semi_dataloaders(source, path=path, **kwargs)
@@ -96,7 +98,7 @@ def from_folder(cls:SemiImageDataLoaders,
     return cls._semi(labeled + held_out + free, path, get_y=get_y, splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #5a8c5ab1
+# %% ../../nbs/learner/05_images.ipynb #e16351d4
 def _column(df, col):
     "The name of a column that is given by name or position"
     if isinstance(col, int) and col not in df.columns and -len(df.columns) <= col < len(df.columns): return df.columns[col]
@@ -161,7 +163,7 @@ def from_df(cls:SemiImageDataLoaders,
     return cls._semi(df, path, get_x=get_x, get_y=ColReader(label_col), splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #1776d338
+# %% ../../nbs/learner/05_images.ipynb #3f660794
 def _number(text):
     "The number that prints as `text`, else None"
     for kind in (int, float):
@@ -178,7 +180,7 @@ def _typed(column):
     if None in values.values() or len(set(values.values())) < len(values): values = {}
     return pd.Series([None if pd.isna(o) else values.get(o, o) for o in column], index=column.index, dtype=object)
 
-# %% ../../nbs/learner/05_images.ipynb #ff9a62e8
+# %% ../../nbs/learner/05_images.ipynb #726a7da8
 def _read_csv(file, fn_col, label_col, **options):
     options = dict(keep_default_na=False, na_values=['']) | options
     columns = pd.read_csv(file, **options | dict(nrows=1, skipfooter=0))
