@@ -6,7 +6,9 @@
 __all__ = ['LPInterpretation']
 
 # %% ../nbs/02_interpret.ipynb #9a1b660f
+import io
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +103,21 @@ def to_df(self:LPInterpretation)->pd.DataFrame:
     return df
 
 
+def _warn_of_missing(names):
+    "Warn of names that `pandas.read_csv` takes for missing values"
+    short = pd.Series(sorted({o for o in map(str, names) if len(o) < 10}), dtype=object)
+    read = pd.read_csv(io.StringIO(short.to_csv(index=False)), dtype=str, skip_blank_lines=False)
+    lost = short[read.iloc[:, 0].isna() & (short != '')]
+    if len(lost): warnings.warn(f"pandas reads {', '.join(map(repr, lost[:5]))} as a missing value: use "
+        "pd.read_csv(fname, keep_default_na=False, na_values=['']) or SemiImageDataLoaders.from_csv to read the file")
+
+
 @patch
 def to_csv(self:LPInterpretation,
     fname, # path of the file
 )->Path:
     "Write `to_df` to a CSV file"
+    _warn_of_missing([*self.vocab, *self.items])
     with atomic_write(fname) as f: self.to_df().to_csv(f, index=False)
     return Path(fname)
 

@@ -37,6 +37,7 @@ from fastai_lp.learner.features import Extractor
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.resume import ResumeCallback
+from fastai_lp.learner.splitting import LabeledOnlySplitter
 from fastai_lp.learner.streams import semi_dls
 from fastai_lp.transductive.advice import advice
 from fastai_lp.transductive.propagate import propagate
@@ -102,7 +103,8 @@ def test_invalid_labels(shows, y, what, match):
     with shows.error(LABELS, what, match): propagate(torch.eye(3), torch.tensor(y), 2)
 
 
-@pytest.mark.parametrize('y_block, y, what, match', [(CategoryBlock, np.nan, '`CategoryBlock` and a missing label', 'use SemiCategoryBlock'),
+@pytest.mark.parametrize('y_block, y, what, match', [
+    (CategoryBlock, np.nan, '`CategoryBlock` and a missing label', 'use SemiCategoryBlock'),
     (MultiCategoryBlock, ['a', 'b'], 'several labels per item', 'one integer target per item'),
     (RegressionBlock, .5, 'numbers as targets (regression)', 'one integer target per item')])
 def test_targets_that_are_not_one_class(shows, y_block, y, what, match):
@@ -153,6 +155,20 @@ def test_settings_that_are_not_integers(shows):
 @pytest.mark.parametrize('labels, n', [([1, np.int64(2), None, 3., float('nan')], 3), (['a', np.str_('b'), None, ''], 2)])
 def test_labels_of_one_kind_are_not_mixed(labels, n):
     assert len(Datasets(range(len(labels)), [[], [Look(labels), SemiCategorize()]]).vocab) == n
+
+
+def test_class_names_that_differ_in_spaces(shows):
+    labels = ['cat', 'cat ', None]
+    with shows.warning(LABELS, "classes 'cat' and 'cat '", 'differ only in spaces', 'They are two classes.'):
+        assert len(Datasets(range(3), [[], [Look(labels), SemiCategorize()]]).vocab) == 2
+
+
+def test_a_class_in_validation_only(shows):
+    labels = [i if i < 20 else None for i in range(30)]
+    what = 'all labels of a class fall into the validation set'
+    with shows.warning(LABELS, what, 'have labels in validation only', 'One of them trains.'):
+        train, _ = LabeledOnlySplitter(labels.__getitem__, .5, seed=0)(range(30))
+    assert len(train) == 30
 
 
 def test_all_labeled(shows, data):
@@ -425,6 +441,12 @@ def test_batches_larger_than_the_data(shows, data):
     assert state_of(learn) == before
 
 
+def test_a_dataloader_with_an_order_of_its_own(shows, data):
+    dls = blob_learner(data, two_stream=False).dls
+    dls.train.get_idxs = lambda: list(range(120))
+    with shows.error(BATCHES, '`semi_dls` of a DataLoader with an order of its own', 'cannot keep get_idxs'): semi_dls(dls)
+
+
 # Image files and names
 
 NAMES = 'train/größe', 'train/小 猫'
@@ -485,6 +507,25 @@ def test_an_error_of_the_model_is_no_broken_item(data):
         def forward(self, x): raise RuntimeError('of the model')
     learn = blob_learner(data, model=nn.Sequential(Fails(), *blob_model()))
     with pytest.raises(RuntimeError, match='of the model'): Extractor()(learn)
+
+
+def test_copies_of_validation_images(shows, tmp_path):
+    root = pictures(tmp_path/'pics')
+    original = next((root/'valid').rglob('*.png'))
+    (root/'un labeled'/'copy.png').write_bytes(original.read_bytes())
+    with shows.warning(IMAGES, 'an unlabeled image is a copy of a validation image', 'copies of validation images', 'It trains.'):
+        picture_learner(root)
+
+
+def test_a_row_without_file_name(shows, tmp_path):
+    df = pd.DataFrame(dict(name=['1.png', None], label=['a', None]))
+    with shows.error(IMAGES, 'a row has no file name', 'have no file name'): SemiImageDataLoaders.from_df(df, tmp_path)
+
+
+def test_a_validation_column_of_texts(shows, tmp_path):
+    df = pd.DataFrame(dict(name=['1.png', '2.png'], label=['a', None], valid=['yes', 'no']))
+    with shows.error(IMAGES, 'the column of the validation set has no booleans', 'must hold True and False'):
+        SemiImageDataLoaders.from_df(df, tmp_path, valid_col='valid')
 
 
 # Damaged or changed files

@@ -34,7 +34,7 @@ from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .mixing import StreamMixUp
 from .record import Columns, LPRecord, item_names, truth_of
 from .scoped import FitScoped
-from .streams import TwoStream, fastai_dl, warn_of_unlabeled_validation
+from .streams import TwoStream, fastai_dl, warn_of_copies, warn_of_unlabeled_validation
 
 # %% ../../nbs/learner/13_callback.ipynb #2a4ab06f
 _share = number('of at least 0', lambda o: o >= 0)
@@ -176,7 +176,9 @@ def _check_data(self:LPCallback, fit):
             "use one, or pass unlabeled_tfms=None")
     y, vocab = dl.targets if isinstance(dl, TwoStream) else targets_of(dl), class_names(learn.dls)
     if not hasattr(learn.dls, 'c'): raise ValueError("the number of classes is unknown: set dls.c")
-    if not isinstance(dl, TwoStream): warn_of_unlabeled_validation(learn.dls)  # two-stream DataLoaders have warned already
+    if not isinstance(dl, TwoStream):  # two-stream DataLoaders have warned already
+        warn_of_unlabeled_validation(learn.dls)
+        warn_of_copies(learn.dls, y)
     if (y >= 0).all(): refuse_all_labeled(dl)
     check_labels(y, learn.dls.c, vocab)
     fit.y, fit.vocab = y.to(next(learn.model.parameters()).device), None if vocab is None else list(vocab)

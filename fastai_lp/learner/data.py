@@ -7,6 +7,7 @@ __all__ = ['HOW_TO_UNLABEL', 'check_classes', 'SemiCategorize', 'SemiCategoryBlo
            'class_names', 'refuse_all_labeled']
 
 # %% ../../nbs/learner/02_data.ipynb #e81a7360
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,20 @@ def check_classes(
             "convert them to text)")
     check_types(labels)
 
+# %% ../../nbs/learner/02_data.ipynb #a1870cb2
+def _warn_of_spaces(vocab):
+    "Warn of class names that differ in spaces at the start or end only"
+    names = {}
+    for o in vocab: names.setdefault(o.strip() if isinstance(o, str) else o, []).append(o)
+    if twins := next((o for o in names.values() if len(o) > 1), None):
+        warnings.warn(f"the classes {twins} differ only in spaces: remove them with str.strip if they are the same class")
+
+# %% ../../nbs/learner/02_data.ipynb #4d47a7e6
+def _whole(labels):
+    "Integers instead of floats if all are whole numbers: a column of numbers with NaN has floats only"
+    def is_whole(o): return isinstance(o, (float, np.floating)) and float(o).is_integer()
+    return labels.map(int) if all(map(is_whole, labels)) else labels
+
 # %% ../../nbs/learner/02_data.ipynb #d3ff1e1d
 class SemiCategorize(Categorize):
     "`Categorize` that encodes a missing label as −100 and decodes a negative target as `?`"
@@ -47,7 +62,8 @@ class SemiCategorize(Categorize):
         if self.vocab is None and dsets is not None:
             labels = L(o for o in dsets if not is_unlabeled(o))
             check_classes(labels)
-            self.vocab = CategoryMap(labels, sort=self.sort)
+            self.vocab = CategoryMap(_whole(labels), sort=self.sort)
+            _warn_of_spaces(self.vocab)
         self.c = len(self.vocab)
 
     def encodes(self, o):

@@ -6,16 +6,19 @@
 __all__ = ['FolderLabel', 'sorted_by_name', 'SemiImageDataLoaders']
 
 # %% ../../nbs/learner/05_images.ipynb #bffe9273
+import csv
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.data.block import DataBlock
-from fastai.data.transforms import ColReader, ColSplitter, get_image_files, parent_label
+from fastai.data.transforms import ColReader, IndexSplitter, get_image_files, parent_label
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 
@@ -48,6 +51,8 @@ class SemiImageDataLoaders(ImageDataLoaders):
     "`ImageDataLoaders` for images of which some are unlabeled, with two streams in training"
     @classmethod
     def _semi(cls, source, path, vocab, img_cls, **kwargs):
+        other = [o for o in ('y_block', 'label_delim') if kwargs.pop(o, None) is not None]
+        if other: raise ValueError(f"{other[0]} is not supported: each image has one class, or none if it is unlabeled")
         for k in ('y_block', 'label_delim'):
             if kwargs.get(k) is not None: refuse_targets(f"{k}={kwargs[k]!r}")
         if vocab is None and isinstance(source, pd.DataFrame):
@@ -78,8 +83,8 @@ def from_folder(cls:SemiImageDataLoaders,
     train:str='train', # folder with a folder of labeled images per class; '.' for the root itself
     valid:str='valid', # the same for validation; not used with `valid_pct`
     unlabeled:str='unsup', # folder of unlabeled images, at any depth
-    valid_pct:float=None, # instead of a `valid` folder: share of each class's labeled images to set aside
-    seed:int=None, # of that draw
+    valid_pct:float=None, # instead of a `valid` folder: share of the labeled images to set aside
+    seed:int=None, # images keep their places if labels are added, see `LabeledOnlySplitter`; None: a new draw
     vocab=None, # class names; None: the folders' names
     item_tfms=None, # as in `ImageDataLoaders`
     batch_tfms=None, # as in `ImageDataLoaders`
@@ -97,14 +102,50 @@ def from_folder(cls:SemiImageDataLoaders,
     return cls._semi(labeled + held_out + free, path, get_y=get_y, splitter=splitter, vocab=vocab,
         item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
+# %% ../../nbs/learner/05_images.ipynb #e16351d4
+def _column(df, col):
+    "The name of a column that is given by name or position"
+    if isinstance(col, int) and col not in df.columns and -len(df.columns) <= col < len(df.columns): return df.columns[col]
+    if col in df.columns: return col
+    raise ValueError(f"the table has no column {col!r}, it has {list(df.columns)}: set fn_col= and label_col=, "
+        "or delimiter= if a CSV file separates its columns with something else")
+
+
+def _check_rows(df, names, labels, valid):
+    "Check that each row has a file name, and that validation is given by booleans and has labels"
+    unnamed = np.flatnonzero(df[names].map(is_unlabeled))
+    if len(unnamed): raise ValueError(f"{len(unnamed)} rows have no file name in {names!r}, first row {unnamed[0]}: remove them")
+    if valid is None: return
+    strange = [o for o in df[valid].unique() if o is pd.NA or o not in (True, False)]
+    if strange: raise ValueError(f"{valid!r} must hold True and False (or 1 and 0) only, got {strange[0]!r}")
+    if df[df[valid].astype(bool)][labels].map(is_unlabeled).any():
+        raise ValueError(f"{valid!r} puts unlabeled images into validation: set it to False for them")
+
+
+class _ImageFile(ColReader):
+    "Path of the image of a row; absolute paths stay as they are"
+    def __init__(self, col, folder, suff):
+        super().__init__(col, suff=suff)
+        self.folder = Path(folder)
+
+    def __call__(self, o, **kwargs):
+        name = str(super().__call__(o))
+        if '\\' in name and not (self.folder/name).exists(): name = name.replace('\\', '/')  # written by Windows
+        return self.folder/name
+
+    def in_folder(self, o):
+        "Path of the image in the folder, with / on all systems"
+        file = self(o)
+        return str(file.relative_to(self.folder) if file.is_relative_to(self.folder) else file)
+
 # %% ../../nbs/learner/05_images.ipynb #a81cecf6
 @patch(cls_method=True)
 @delegates(DataBlock.semi_dataloaders)
 def from_df(cls:SemiImageDataLoaders,
     df:pd.DataFrame, # a row per image
     path='.', # root folder
-    valid_pct:float=.2, # share of each class's labeled images to set aside
-    seed:int=None, # of that draw
+    valid_pct:float=.2, # share of the labeled images to set aside
+    seed:int=None, # images keep their places if labels are added, see `LabeledOnlySplitter`; None: a new draw
     fn_col=0, # column of the file names
     folder=None, # of the images, in `path`
     suff:str='', # added to the file names
@@ -118,37 +159,74 @@ def from_df(cls:SemiImageDataLoaders,
 ):
     "From a DataFrame in which some labels are missing"
     if isinstance(label_col, (list, tuple)): refuse_targets(f"{len(label_col)} label columns {list(label_col)}")
-    if isinstance(label_col, int) and label_col not in df.columns: label_col = df.columns[label_col]
-    if valid_col is not None and df[df[valid_col].astype(bool)][label_col].map(is_unlabeled).any():
-        raise ValueError(f"{valid_col!r} puts unlabeled images into validation: set it to False for them")
-    splitter = LabeledOnlySplitter(label_col, valid_pct, seed) if valid_col is None else ColSplitter(valid_col)
-    pref = Path(path) if folder is None else Path(path)/folder
-    return cls._semi(df, path, get_x=ColReader(fn_col, pref=f'{pref}/', suff=suff), get_y=ColReader(label_col),
-        splitter=splitter, vocab=vocab, item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
+    fn_col, label_col = _column(df, fn_col), _column(df, label_col)
+    if valid_col is not None: valid_col = _column(df, valid_col)
+    _check_rows(df, fn_col, label_col, valid_col)
+    get_x = _ImageFile(fn_col, Path(path) if folder is None else Path(path)/folder, suff)
+    by_place = LabeledOnlySplitter(label_col, valid_pct, seed, name=get_x.in_folder)
+    splitter = by_place if valid_col is None else IndexSplitter(np.flatnonzero(df[valid_col].astype(bool)).tolist())
+    return cls._semi(df, path, get_x=get_x, get_y=ColReader(label_col), splitter=splitter, vocab=vocab,
+        item_tfms=item_tfms, batch_tfms=batch_tfms, img_cls=img_cls, **kwargs)
 
-# %% ../../nbs/learner/05_images.ipynb #855d23fb
+# %% ../../nbs/learner/05_images.ipynb #3f660794
+def _number(text):
+    "The number that prints as `text`, else None"
+    for kind in (int, float):
+        try: res = kind(text)
+        except (TypeError, ValueError): continue
+        if repr(res) == text and abs(res) < float('inf'): return res
+
+
+def _typed(column):
+    "Numbers or booleans instead of texts, if nothing is lost"
+    texts = column.dropna().unique()
+    bools = {'True': True, 'False': False}
+    values = bools if set(texts) <= set(bools) else {o: _number(o) for o in texts}
+    if None in values.values() or len(set(values.values())) < len(values): values = {}
+    return pd.Series([None if pd.isna(o) else values.get(o, o) for o in column], index=column.index, dtype=object)
+
+# %% ../../nbs/learner/05_images.ipynb #726a7da8
+def _read_csv(file, fn_col, label_col, **options):
+    options = dict(keep_default_na=False, na_values=['']) | options
+    columns = pd.read_csv(file, **options | dict(nrows=1, skipfooter=0))
+    names, labels = (_column(columns, o) for o in (fn_col, label_col))
+    types = options.pop('dtype', {})
+    if not isinstance(types, dict): types = dict.fromkeys(columns, types)
+    df = pd.read_csv(file, dtype={names: str, labels: str} | types, **options)
+    if labels not in types: df[labels] = _typed(df[labels])
+    return df
+
+
 @patch(cls_method=True)
 @delegates(SemiImageDataLoaders.from_df)
 def from_csv(cls:SemiImageDataLoaders,
     path, # root folder
     csv_fname='labels.csv', # in `path`
     header='infer', # as in `pandas.read_csv`
-    delimiter:str=',', # as in `pandas.read_csv`
+    delimiter:str=None, # as in `pandas.read_csv`; None: a comma, or `sep` of `csv_kwargs`
+    quoting:int=csv.QUOTE_MINIMAL, # as in `pandas.read_csv`
+    csv_kwargs:dict=None, # more arguments of `pandas.read_csv`
+    fn_col=0, # column of the file names
+    label_col=1, # column of the labels
     **kwargs
 ):
     "From a CSV file in which some labels are empty"
-    return cls.from_df(pd.read_csv(Path(path)/csv_fname, header=header, delimiter=delimiter), path=path, **kwargs)
+    options = dict(header=header, quoting=quoting) | (dict(delimiter=delimiter) if delimiter else {}) | (csv_kwargs or {})
+    df = _read_csv(Path(path)/csv_fname, fn_col, label_col, **options)
+    return cls.from_df(df, path=path, fn_col=fn_col, label_col=label_col, **kwargs)
 
-
+# %% ../../nbs/learner/05_images.ipynb #855d23fb
 @patch(cls_method=True)
 @delegates(SemiImageDataLoaders.from_df)
 def from_lists(cls:SemiImageDataLoaders,
     path, # root folder
-    fnames, # a path per image
+    fnames, # a path per image, in `path`, or as `get_image_files(path)` returns it
     labels, # a label per image, None if unlabeled
     **kwargs
 ):
     "From lists of files and labels"
     if len(fnames) != len(labels): raise ValueError(f"expected one label per file, got {len(fnames)} files and {len(labels)} labels")
-    columns = dict(name=[str(o) for o in fnames], label=list(labels))
+    root = Path(path)/(kwargs.get('folder') or '')
+    is_full = len(fnames) and not (root/fnames[0]).exists() and Path(fnames[0]).exists()  # as from get_image_files(path)
+    columns = dict(name=[os.path.relpath(o, root) if is_full else str(o) for o in fnames], label=list(labels))
     return cls.from_df(pd.DataFrame({k: pd.Series(v, dtype=object) for k, v in columns.items()}), path=path, **kwargs)
