@@ -118,7 +118,7 @@ def to_csv(self:LPInterpretation,
 )->Path:
     "Write `to_df` to a CSV file"
     _warn_of_missing([*self.vocab, *self.items])
-    with atomic_write(fname) as f: self.to_df().to_csv(f, index=False)
+    with atomic_write(fname) as f: self.to_df().to_csv(f, index=False, errors='surrogateescape')
     return Path(fname)
 
 # %% ../nbs/02_interpret.ipynb #7aa6ee52

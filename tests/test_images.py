@@ -1,5 +1,6 @@
 "Labeled and unlabeled images from tables, CSV files and folders."
 import csv
+import os
 import shutil
 import unicodedata
 import warnings
@@ -397,3 +398,9 @@ def test_other_targets_than_one_class(some, given):
     for make, args in dict(from_df=(df, root), from_csv=(root,), from_lists=(root, *lists)).items():
         with pytest.raises(ValueError, match='is not supported: each image has one class'):
             getattr(SemiImageDataLoaders, make)(*args, **LOAD, **given)
+
+
+def test_file_names_that_are_not_utf_8_are_written_to_a_table(tmp_path):
+    names = [os.fsdecode(f'{i}'.encode() + b'-caf\xe9.png') for i in range(6)]
+    file = interpretation(names, ['cat', 'dog']).to_csv(tmp_path/'a.csv')
+    assert pd.read_csv(file, encoding_errors='surrogateescape').item.tolist() == names
