@@ -1,13 +1,16 @@
 "Only a real fit touches files, weights and data; and a callback that is in a fit twice is named."
+import importlib.util
+
 import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.hook import summary  # chkstyle: ignore (adds Learner.summary)
 from fastai.callback.schedule import fit_one_cycle, lr_find  # chkstyle: ignore (adds methods of Learner)
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 
 from conftest import blob_learner, blobs, flat_weights, state_of
+from fastai_lp.learner import scoped
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.mixing import StreamMixUp
@@ -152,3 +155,14 @@ def test_twice_after_load_learner(kind, tmp_path):
     with pytest.raises(ValueError, match=f'{kind} is in the fit twice.*load_learner'): loaded.fit(1, cbs=KINDS[kind](tmp_path))
     loaded.remove_cb(type(KINDS[kind](tmp_path)))
     loaded.fit(1, cbs=KINDS[kind](tmp_path))
+
+
+def test_the_patch_may_be_applied_again(monkeypatch):
+    "As in a process in which the page of the module runs too"
+    monkeypatch.setattr(Learner, '_with_events', Learner._with_events)
+    spec = importlib.util.spec_from_file_location('fastai_lp.learner.scoped_again', scoped.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    learn = blob_learner()
+    learn.fit(1, cbs=LPCallback())
+    assert len(learn.lp_record.history) == 1
+    with pytest.raises(ValueError, match='in the fit twice'): learn.fit(1, cbs=[LPCallback(), LPCallback()])

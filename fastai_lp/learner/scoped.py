@@ -6,22 +6,19 @@
 __all__ = ['in_fit', 'FitScoped']
 
 # %% ../../nbs/learner/09_scoped.ipynb #163050db
-from weakref import WeakKeyDictionary
-
 from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 
 # %% ../../nbs/learner/09_scoped.ipynb #23560984
 _bounds = {f'{when}_{kind}' for when in ('before', 'after_cancel', 'after') for kind in ('fit', 'epoch')}
-_running = WeakKeyDictionary()  # Learner: the fit and the epoch that are running
 
 
 def in_fit(
     learn:Learner, # at an event
 )->bool: # False in validate, predict, get_preds, show_results, tta and summary
     "Whether a fit is running, rather than something else that fires `before_fit`"
-    return bool(_running.get(learn)) and not learn.lock.locked()
+    return bool(vars(learn).get('_lp_parts')) and not learn.lock.locked()
 
 
 class _Part:
@@ -32,7 +29,7 @@ class _Part:
 def _is_of_fit(cb, event_name):
     "Whether the event comes from the innermost part; each callback gets each event of a part once"
     when, _, kind = event_name.rpartition('_')
-    part = (_running.get(cb.learn) or [None])[-1]
+    part = (vars(cb.learn).get('_lp_parts') or [None])[-1]  # the fit and the epoch that are running
     if part is None or part.kind != kind or cb.learn.lock.locked(): return False
     if when == 'after_cancel': part.at = 'after'
     elif part.at != when or (id(cb), when) in part.told: return False
@@ -44,6 +41,8 @@ class FitScoped(Callback):
     """A callback whose changes to the Learner end with the fit, however it ends. Its `restore` undoes them, and can be called at any time.
 
     A fit can have one of each class; a second one is a `ValueError` before anything changes."""
+    fit_scoped = True
+
     def __call__(self, event_name):
         if event_name not in _bounds or self.learn is None: return super().__call__(event_name)
         own, before = vars(self), vars(self).get('_outside', False)
@@ -73,7 +72,7 @@ class FitScoped(Callback):
 # %% ../../nbs/learner/09_scoped.ipynb #d67a95ad
 def _check_twice(learn):
     "Raise a `ValueError` if a fit has two callbacks of the same class"
-    ours = [(i, cb) for i, cb in enumerate(learn.cbs) if isinstance(cb, FitScoped)]
+    ours = [(i, cb) for i, cb in enumerate(learn.cbs) if getattr(cb, 'fit_scoped', False)]
     for n, (j, second) in enumerate(ours):
         for i, first in ours[:n]:
             if not isinstance(second, type(first)) and not isinstance(first, type(second)): continue
@@ -91,7 +90,7 @@ def _with_events(self:Learner, f, event_type, *args, **kwargs):
     "As in fastai; if an error ends a fit, every `FitScoped` callback restores at once"
     if event_type not in ('fit', 'epoch'): return _original(self, f, event_type, *args, **kwargs)
     if event_type == 'fit': _check_twice(self)
-    part, parts = _Part(event_type), _running.setdefault(self, [])
+    part, parts = _Part(event_type), vars(self).setdefault('_lp_parts', [])
     def within():
         part.at = 'within'
         try: f()
@@ -101,8 +100,10 @@ def _with_events(self:Learner, f, event_type, *args, **kwargs):
     except CancelFitException: raise
     except BaseException:
         for cb in list(self.cbs):
-            if isinstance(cb, FitScoped): cb.failed()
+            if getattr(cb, 'fit_scoped', False): cb.failed()
         raise
-    finally: parts.pop()
+    finally:
+        parts.pop()
+        if not parts: del self._lp_parts
 
 Learner._with_events.original = _original
