@@ -5,6 +5,7 @@ from fastai_lp.learner.augment import Cutout, OnUnlabeled, RandomAffine, strong_
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock, is_unlabeled
 from fastai_lp.learner.features import Extractor
+from fastai_lp.learner.fixmatch import FixMatchCallback
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.learner.layers import L2Linear, Thumbnail, add_l2norm, find_feature_layer
 from fastai_lp.learner.losses import PseudoLabelLoss
@@ -27,7 +28,7 @@ from fastai_lp.transductive.scoring import certainty, class_weights
 
 __all__ = [
     # in a Learner
-    'LPCallback', 'Extractor', 'Diffusion', 'NetworkPrediction', 'GTG', 'MeanTeacherCallback', 'teacher_in_place',
+    'LPCallback', 'Extractor', 'Diffusion', 'NetworkPrediction', 'GTG', 'MeanTeacherCallback', 'teacher_in_place', 'FixMatchCallback',
     'ResumeCallback', 'LPRecord', 'PseudoLabelLoss', 'L2Linear', 'Thumbnail', 'add_l2norm', 'find_feature_layer',
     # data
     'SemiCategorize', 'SemiCategoryBlock', 'SemiImageDataLoaders', 'TwoStream', 'semi_dls', 'two_stream', 'hide_labels',

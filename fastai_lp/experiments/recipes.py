@@ -67,7 +67,7 @@ class Recipe(TrainingSettings):
     tricks:dict=None # arguments of `LPCallback` beyond the paper as numbers and strings, see `lp_callback`
 
 # %% ../../nbs/experiments/08_recipes.ipynb #7f3ff26d
-METHODS = 'supervised', 'network', 'gtg', 'lp', 'strong', 'mt', 'mt+lp', 'diffusion'
+METHODS = 'supervised', 'network', 'gtg', 'lp', 'strong', 'mt', 'mt+lp', 'fixmatch', 'lp+fixmatch', 'diffusion'
 
 
 @patch
@@ -77,11 +77,12 @@ def of(self:Recipe,
     "The settings of one method"
     if isinstance(self.lr, dict) and method not in self.lr:
         raise ValueError(f"the recipe has no learning rate for {method!r}, only for {', '.join(self.lr)}")
-    weights = {} if method in ('network', 'gtg', 'lp', 'strong', 'mt+lp') else dict(omega=True, zeta=True)
+    weights = {} if method in ('network', 'gtg', 'lp', 'strong', 'mt+lp', 'lp+fixmatch') else dict(omega=True, zeta=True)
     return replace(self, lr=self.lr[method] if isinstance(self.lr, dict) else self.lr, **weights)
 
 # %% ../../nbs/experiments/08_recipes.ipynb #bc3a1374
-_digits_lr = dict(supervised=3e-3, network=3e-4, gtg=1e-2, lp=1e-2, strong=1e-2, mt=3e-2, **{'mt+lp': 3e-2, 'diffusion': 0.})
+_digits_lr = dict(supervised=3e-3, network=3e-4, gtg=1e-2, lp=1e-2, strong=1e-2, mt=3e-2, fixmatch=3e-3, diffusion=0.)
+_digits_lr |= {'mt+lp': 3e-2, 'lp+fixmatch': 1e-2}
 _digits = Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=_digits_lr, wd=.01, bs=64, labeled_bs=32,
     stage1=5, stage2=15, baselines_go_on=True, k=None, threads=1)
 _large = Recipe(lr=.2, bs=128, labeled_bs=31)

@@ -38,7 +38,8 @@ PAPER = { # chkstyle: ignore-node
     ('mini_imagenet', 'top5_error', 10000): {'supervised': (38.28, .38), 'lp': (36.14, 2.19), 'mt': (32.51, 1.31), 'mt+lp': (31.99, .55)}}
 NAMES = dict(digits='Digits', cifar10='CIFAR-10', cifar100='CIFAR-100', mini_imagenet='Mini-ImageNet')
 LONG = dict(supervised='fully supervised', network='network prediction', gtg='GTG', lp='diffusion', strong='strong preset',
-    mt='Mean Teacher', **{'mt+lp': 'Mean Teacher + diffusion'}, diffusion='diffusion, no network')
+    mt='Mean Teacher', **{'mt+lp': 'Mean Teacher + diffusion'}, fixmatch='FixMatch',
+    **{'lp+fixmatch': 'FixMatch + diffusion'}, diffusion='diffusion, no network')
 
 # %% ../../nbs/experiments/12_report.ipynb #4029177e
 def read_runs(

@@ -108,7 +108,7 @@ def to_markdown(
 
 # %% ../../nbs/experiments/10_results.ipynb #c6b810e9
 COLORS = dict(supervised='#E69F00', network='#D55E00', gtg='#CC79A7', lp='#0072B2', strong='#004D40', mt='#56B4E9',
-    **{'mt+lp': '#7F7F7F'}, diffusion='#009E73')  # Okabe and Ito, a gray and a dark green
+    **{'mt+lp': '#7F7F7F', 'lp+fixmatch': '#332288'}, fixmatch='#F0E442', diffusion='#009E73')  # Okabe and Ito, and four dark ones
 
 
 def plot_runs(

@@ -31,6 +31,7 @@ from .callbacks import BFloat16, EpochTimer, KeepPseudoLabels, LossOnDevice
 from .datasets import ImageArrays, digits_dls
 from .models import ConvNet13, resnet18_84, small_convnet
 from .recipes import METHODS, OF_STAGE2, Recipe, cosine, file_name, lp_callback, settings_of
+from ..learner.fixmatch import FixMatchCallback
 from ..learner.mean_teacher import MeanTeacherCallback
 from ..learner.resume import ResumeCallback
 
@@ -142,10 +143,12 @@ def stage2(self:_Run):
     fresh = dict(teacher=network_of(r, self.data, self.mt)) if self.mt and r.fresh_teacher else {}
     set_seed(self.seed)
     if not self.mt: self.learn.dls = self.dls()
+    if self.method == 'fixmatch': return self.fit(r.stage2, file, [FixMatchCallback()], self.settings), [], []
     epochs = sorted({0, r.stage2//2, r.stage2-1}) if self.keep is None else self.keep
     kept = KeepPseudoLabels(epochs, self.out/self.file)
     lp = lp_callback(self.method, r, self.data.train_truth)
-    rows = self.fit(r.stage2, file, [lp, kept, *self.teach(**fresh)], self.settings)
+    more = [FixMatchCallback()] if self.method == 'lp+fixmatch' else self.teach(**fresh)
+    rows = self.fit(r.stage2, file, [lp, kept, *more], self.settings)
     return rows, self.learn.lp_record.history, kept.files()
 
 

@@ -17,7 +17,6 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.torch_core import progress_bar
-from fastai.vision.core import TensorImage
 
 from ..utils.distributed import from_first, level, mean_of, share_batches, unwrapped, work_shared
 from ..utils.progress import reporting
@@ -25,7 +24,7 @@ from ..transductive.advice import advice, memory_advice
 from ..transductive.labelers import Diffusion
 from ..transductive.pseudo import PseudoLabels
 from ..transductive.settings import Constraint, check, check_labels, integer, number
-from .augment import strong_tfms
+from .augment import strong_tfms, warn_unless_images
 from .data import class_names, refuse_all_labeled, targets_of
 from .epoch import EpochPlan
 from .features import Extractor
@@ -78,6 +77,9 @@ class LPCallback(FitScoped):
         super()._init_state()
         self._fit = self._data = self._cols = self.truth = None
 
+    @property
+    def in_warmup(self): return self._fit is not None and self._fit.warm
+
 # %% ../../nbs/learner/13_callback.ipynb #28d2e636
 @patch(cls_method=True)
 def strong(cls:LPCallback,
@@ -102,6 +104,7 @@ class LPFit(EpochPlan):
         self.truth = self.items = self.vocab = self.hard = self.mismatch = None
         self.replaced = None  # a DataLoader of torch
         self.updated = False  # whether the epoch has new pseudo-labels
+        self.warm = False  # whether the epoch is a warm-up epoch
         self.warned = {}  # problem: whether the user has been warned of it
 
 # %% ../../nbs/learner/13_callback.ipynb #31362a55
@@ -136,7 +139,7 @@ def _add_mix(self:LPCallback):
     if not self.mixup or self._fit.warm: return
     if getattr(self._fit.dl, 'views', 1) > 1:
         if self.mixup is True: return
-        raise ValueError(f"mixup={self.mixup} cannot be used with Mean Teacher: it changes the student's view and not the teacher's")
+        raise ValueError(f"mixup={self.mixup} cannot be used with Mean Teacher or FixMatch: it would change only one of the two views")
     self._mix = StreamMixUp(.4 if self.mixup is True else self.mixup)
     self.learn.add_cb(self._mix)
 
@@ -171,9 +174,7 @@ def _check_data(self:LPCallback, fit):
     if not len(dl):
         raise ValueError(f"an epoch has no batch: {len(dl.dataset)} training items, batch size {dl.bs}, drop_last=True. "
             "Use smaller batches")
-    if self.unlabeled_tfms and not hasattr(getattr(dl, 'after_batch', None), 'fs'):
-        raise ValueError(f"unlabeled_tfms need a DataLoader with batch transforms, such as TfmdDL, got {type(dl).__name__}: "
-            "use one, or pass unlabeled_tfms=None")
+    fit.check_tfms(self.unlabeled_tfms)
     y, vocab = dl.targets if isinstance(dl, TwoStream) else targets_of(dl), class_names(learn.dls)
     if not hasattr(learn.dls, 'c'): raise ValueError("the number of classes is unknown: set dls.c")
     if not isinstance(dl, TwoStream):  # two-stream DataLoaders have warned already
@@ -362,12 +363,9 @@ def _out_of_order(self:LPCallback):
 def _check_inputs(self:LPCallback):
     fit, xb = self._fit, self.learn.xb
     if self.mixup is True and not all(isinstance(o, torch.Tensor) and o.is_floating_point() for o in xb): self._remove_mix()
-    if not self._for_images or fit.warned.get('images') or any(isinstance(o, TensorImage) for o in xb): return
+    if not self._for_images or fit.warned.get('images'): return
     fit.warned['images'] = True
-    if fit.rank == 0:
-        kinds = ', '.join(type(o).__name__ for o in xb)
-        warnings.warn(f"LPCallback: unlabeled_tfms=True is for images, and the inputs are {kinds}: they are not transformed. "
-            "Pass transforms for such a batch, or unlabeled_tfms=None")
+    if fit.rank == 0: warn_unless_images(xb, 'LPCallback')
 
 # %% ../../nbs/learner/13_callback.ipynb #72b5c684
 @patch

@@ -64,11 +64,22 @@ def release_order(self:EpochPlan):
 
 # %% ../../nbs/learner/10_epoch.ipynb #d788f06f
 @patch
+def check_tfms(self:EpochPlan,
+    tfms:list, # batch transforms
+):
+    "Raise a `ValueError` if the DataLoader cannot apply them"
+    if not tfms or hasattr(getattr(self.dl, 'after_batch', None), 'fs'): return
+    raise ValueError(f"unlabeled_tfms need a DataLoader with batch transforms, such as TfmdDL, got {type(self.dl).__name__}: "
+        "use one, or pass unlabeled_tfms=None")
+
+
+@patch
 def add_unlabeled_tfms(self:EpochPlan,
     tfms:list, # batch transforms
 ):
     "Apply transforms to the unlabeled items of each batch, at their place among the batch transforms, until `undo`"
     if not tfms: return
+    self.check_tfms(tfms)
     self.own_pipeline = self.dl.after_batch
     more = [OnUnlabeled(o, self.dl) for o in tfms]
     self.dl.after_batch = Pipeline(self.own_pipeline.fs + more, split_idx=self.own_pipeline.split_idx)
