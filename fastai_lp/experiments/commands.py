@@ -178,7 +178,7 @@ def _rows_and_file(dataset, data, labels, seeds, split, splits, n_train):
 def lp_train(
     dataset:str, # 'digits', 'cifar10', 'cifar100' or 'mini_imagenet'
     labels:int=None, # number of labeled items, balanced over the classes; default: 20 for digits, 500 for cifar10, else 4000
-    methods:str='supervised,network,lp', # comma-separated: supervised, network, gtg, lp, strong, mt, mt+lp, fixmatch, lp+fixmatch, diffusion
+    methods:str='supervised,network,lp', # comma-separated: supervised,network,gtg,lp,strong,mt,mt+lp,fixmatch,lp+fixmatch,diffusion
     seeds:int=3, # number of random draws of the labels, 0 to seeds−1; not with --split
     out:str='results', # folder for results: a line per run in DATASET.jsonl, a figure, checkpoints, pseudo-labels
     device:str=None, # 'cpu' or 'cuda'; default: the GPU if there is one
