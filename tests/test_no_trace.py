@@ -9,6 +9,7 @@ from fastai.torch_core import set_seed
 
 from conftest import Mark, Stop, blob_learner, blobs, flat_weights, state_of
 from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.fixmatch import FixMatchCallback
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.mixing import StreamMixUp
 from fastai_lp.learner.resume import ResumeCallback
@@ -19,6 +20,7 @@ CALLBACKS = dict(  # chkstyle: ignore-node (one kind per line)
     lp=lambda file: [LPCallback(warmup=1)],
     strong=lambda file: [LPCallback.strong(unlabeled_tfms=Mark())],
     mean_teacher=lambda file: [MeanTeacherCallback()],
+    fixmatch=lambda file: [LPCallback(warmup=1), FixMatchCallback(.5, unlabeled_tfms=Mark())],
     mixup=lambda file: [LPCallback(), StreamMixUp()],
     resume=lambda file: [LPCallback(), MeanTeacherCallback(), ResumeCallback(file)])
 

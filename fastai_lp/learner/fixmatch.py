@@ -84,7 +84,7 @@ def after_fit(self:FixMatchCallback):
     if not self._inference or self._plan is None: self._remove_columns(after_fit=True)
     if not self._inference: self.restore()
 
-
+# %% ../../nbs/learner/16_fixmatch.ipynb #624d9d8e
 @patch
 def _add_columns(self:FixMatchCallback):
     if self._cols is None: self._cols = Columns(self.learn, dict(fm_used=lambda: self.used))
@@ -124,14 +124,6 @@ def _check(self:FixMatchCallback, dl):
 
 # %% ../../nbs/learner/16_fixmatch.ipynb #23532e9a
 @patch
-def before_epoch(self:FixMatchCallback):
-    "Let trackers on the column follow the epoch"
-    if not self._active: return
-    self._cols.go_on()
-    self.used = float('nan')
-
-
-@patch
 def before_train(self:FixMatchCallback):
     "Add the strong augmentation unless `LPCallback` has, and count from 0"
     if self._plan is None: return
@@ -150,6 +142,14 @@ def after_train(self:FixMatchCallback):
     self._plan.undo()
     share = self._count[0]/self._count[1]
     self.used = (share if self._world == 1 else mean_of(share)).item()
+
+# %% ../../nbs/learner/16_fixmatch.ipynb #a1e620c4
+@patch
+def before_epoch(self:FixMatchCallback):
+    "Let trackers on the column follow the epoch"
+    if not self._active: return
+    self._cols.go_on()
+    self.used = float('nan')
 
 
 @patch
@@ -195,7 +195,8 @@ def after_pred(self:FixMatchCallback):
 def _check_pred(self:FixMatchCallback):
     c, shape = getattr(self.dls, 'c', None), tuple(getattr(self.pred, 'shape', ()))
     if len(shape) == 2 and c in (None, shape[1]): return
-    raise ValueError(f"FixMatch needs a model with one output per class, [items, {c or 'classes'}], got {shape or type(self.pred).__name__}")
+    raise ValueError(f"FixMatch needs a model with one output per class, [items, {c or 'classes'}], "
+        f"got {shape or type(self.pred).__name__}")
 
 
 @patch
