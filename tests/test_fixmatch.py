@@ -16,6 +16,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from conftest import Mark, Stop, blob_learner, flat_weights, same_run, state_of, traceless
+from fastai_lp.experiments.callbacks import BFloat16
 from fastai_lp.learner.augment import strong_tfms
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.fixmatch import FixMatchCallback, fixmatch_loss
@@ -279,6 +280,19 @@ def test_the_column(data, tmp_path):
     assert len(names) >= 5
     for row in names: assert {'fm_used', 'lp_certainty'} <= set(row)
     assert [m.name for m in learn.metrics] == ['accuracy']
+
+
+@pytest.mark.parametrize('extra', [[], [LPCallback(warmup=1)]], ids=['alone', 'with LPCallback'])
+def test_metrics_of_the_training_set_in_bfloat16(data, extra):
+    learn, kinds = blob_learner(data), []
+    learn.recorder.train_metrics = True
+    class Kinds(Callback):
+        order = 100
+        def after_batch(self): kinds.append((self.pred.dtype, self.yb[0].dtype, len(self.pred) == len(self.yb[0])))
+    learn.fit(2, 1e-2, cbs=[*extra, fixmatch(), BFloat16(), Kinds()])
+    assert set(kinds) == {(torch.float32, torch.int64, True)}
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    assert row['train_fm_used'] == row['valid_fm_used'] > 0
 
 
 def test_exported_learners_predict(data, tmp_path):

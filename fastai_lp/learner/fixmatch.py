@@ -185,8 +185,8 @@ def after_pred(self:FixMatchCallback):
     "Pass the labeled items to the loss, or the first view if `LPCallback` has targets for all of it"
     if self._plan is None: return
     self._check_pred()
-    n, self._pred = len(self._unlabeled), self.pred
-    self.learn.xb, self.learn.pred = tuple(o[:n] for o in self.xb), self.pred[:n]
+    n, self._pred = len(self._unlabeled), self.pred.float()
+    self.learn.xb, self.learn.pred = tuple(o[:n] for o in self.xb), self._pred[:n]
     if self._y is None: return
     self.learn.pred, self.learn.yb = self.pred[~self._unlabeled], (self._y[0][~self._unlabeled],)
 
@@ -209,5 +209,5 @@ def after_loss(self:FixMatchCallback):
     self._count += torch.stack([used.sum(), own.sum()])
     self.learn.loss_grad = self.loss_grad + self.weight*loss
     self.learn.loss = self.loss_grad.clone()
-    y = self.yb if self._y is None else self._y  # LPCallback has restored the integer targets of both views
+    y = self.yb if len(self.yb[0]) == 2*n else self._y  # LPCallback has restored the integer targets of both views
     self.learn.pred, self.learn.yb, self._pred = self._pred[:n], tuple(o[:n] for o in y), None
