@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import blob_learner, blobs, flat_weights
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.features import Extractor
+from fastai_lp.learner.fixmatch import FixMatchCallback
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.resume import ResumeCallback
 from fastai_lp.transductive.labelers import Diffusion
@@ -149,6 +150,10 @@ def teachers(rank, path, extra=()):
     return dict(res, start=start.teacher, teacher=teacher, statistics=learn.mt_record.teacher[1].running_mean)
 
 
+def matched(rank, path):
+    return fit(learner(path, seed=rank), 2, [LPCallback(warmup=1), FixMatchCallback(.5, unlabeled_tfms=None)], Batches())
+
+
 def resumed(rank, path):
     def cbs(file): return [LPCallback(warmup=1), MeanTeacherCallback(), ResumeCallback(path/file)]
     with patch('fastai_lp.learner.resume.torch.save', wraps=torch.save) as save:
@@ -175,7 +180,7 @@ def single(rank, path):
 
 def everything(rank, path):
     res = dict(rows=gather_rows(torch.arange(6).view(3, 2)[:3-rank] + 10*rank))
-    for f in (extraction, whole_fit, warned, teachers, resumed, single): res[f.__name__] = f(rank, path)
+    for f in (extraction, whole_fit, warned, teachers, matched, resumed, single): res[f.__name__] = f(rank, path)
     res['both'] = teachers(rank, path, [LPCallback(warmup=1)])
     plain = dict(two_streams=learner(path, plain=True), one_stream=learner(path, two_stream=False, plain=True, workers=rank))
     for name, learn in plain.items(): res[name] = fit(learn, 3, [LPCallback(warmup=1)], Batches(), .1)
@@ -246,7 +251,7 @@ def test_pseudo_labels_equal_those_of_one_process(ranks, tmp_path):
     torch.testing.assert_close([a['pseudo'][k] for k in floats], [getattr(one, k) for k in floats], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['whole_fit', 'one_stream', 'options', 'both', 'teachers'])
+@pytest.mark.parametrize('name', ['whole_fit', 'one_stream', 'options', 'both', 'teachers', 'matched'])
 def test_all_processes_end_with_the_same_learner(name, ranks):
     a, b = (r[name] for r in ranks)
     for k in ('weights', 'history', 'values'): assert same(a[k], b[k]), k
