@@ -22,10 +22,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 import faiss  # after torch
 
 from .transductive.labels import as_column, check_converted, known_labels
-from .transductive.settings import Constraint, as_rows, check, constraints, defaults, one_of
+from .transductive.settings import Constraint, as_rows, check, constraints, defaults, one_of, optional
 from .transductive.neighbors import default_k, knn
-from .transductive.graph import affinity, csr
+from .transductive.balance import balanced, class_prior, sharpened
+from .transductive.graph import affinity, csr, normalize
+from .transductive.diffusion import diffuse
+from .transductive.probe import DiffusedFeatures, Probe, logistic, reduction
 from .transductive.propagate import spread
+from .transductive.scoring import from_scores
 from .transductive.curation import label_issues, suggest
 
 # %% ../nbs/03_estimator.ipynb #d4ee1da2
@@ -97,28 +101,35 @@ def _within_range(X):
 
 # %% ../nbs/03_estimator.ipynb #645a3f0a
 class LabelDiffusion(ClassifierMixin, BaseEstimator):
-    """Semi-supervised classifier that propagates labels over the k-nearest-neighbor graph of the rows (Eq. 7, 9–11)
+    """Semi-supervised classifier: a linear classifier on diffused features, smoothed over the k-nearest-neighbor graph of the rows
 
     Fitted attributes: `classes_`; per row `transduction_` (the given label or the pseudo-label), `label_distributions_`,
     `certainty_` (ω in [0, 1]) and `reached_`; the graph `affinity_`; `n_iter_` and `residual_` of the solver; `X_`."""
-    _shared = 'k', 'gamma', 'alpha', 'max_iter', 'tol', 'seeds', 'backend', 'index'
+    _shared = 'k', 'gamma', 'max_iter', 'tol', 'seeds', 'backend', 'index', 'temperature'
     _device = Constraint("a torch device such as 'cuda', or None", lambda o: o is None or isinstance(o, (str, torch.device)))
-    _constraints = dict({o: constraints[o] for o in _shared}, affinity=one_of('cosine', 'precomputed'), device=_device)
+    _base = Constraint("'logistic', None or a classifier with predict_proba",
+        lambda o: o is None or o == 'logistic' if isinstance(o, (str, type(None))) else hasattr(o, 'predict_proba'))
+    _constraints = dict({o: constraints[o] for o in _shared}, alpha=optional(constraints['alpha']), base=_base,
+        prior=optional(constraints['prior']), affinity=one_of('auto', 'cosine', 'euclidean', 'precomputed'), device=_device)
 
     def __init__(self,
+        base='logistic', # classifier on the features, 'logistic' or any of scikit-learn; None: the paper's diffusion of labels
         k:int=defaults.k, # neighbors per row; None: `neighbors.default_k(n)`, about √n/4.5 between 7 and 50
         gamma:float=defaults.gamma, # γ of Eq. 9, exponent of the similarities
-        alpha:float=defaults.alpha, # α of Eq. 6 in [0, 1), how far labels spread
+        alpha:float=None, # α of Eq. 6 in [0, 1), how far labels spread; None: .9 with a classifier, else the paper's .99
+        prior=None, # class shares of the unlabeled rows: 'labels', 'uniform' or one number per class; None: not used
+        temperature:float=defaults.temperature, # below 1: sharpen the probabilities before they are diffused
+        affinity:str='auto', # 'cosine', 'euclidean' or 'precomputed' (X is the affinity, [m, n] for new rows); 'auto': see above
         max_iter:int=defaults.max_iter, # maximum number of conjugate gradient iterations
         tol:float=defaults.tol, # relative residual at which the solver stops
-        seeds:str=defaults.seeds, # in Y, each class has the same total ('class_size') or each label is 1 ('raw')
-        affinity:str='cosine', # 'precomputed': X is the affinity, [n, n] in `fit` and [m, n] for new rows
+        seeds:str=defaults.seeds, # with base=None, each class has the same total in Y ('class_size'), or each label is 1 ('raw')
         backend:str=defaults.backend, # of the nearest-neighbor search, see `neighbors.knn`
         index:str=defaults.index, # see `neighbors.knn`
         device:str=None, # where to compute, such as 'cuda'; None: the CPU
     ):
-        self.k, self.gamma, self.alpha, self.max_iter, self.tol, self.seeds = k, gamma, alpha, max_iter, tol, seeds
-        self.affinity, self.backend, self.index, self.device = affinity, backend, index, device
+        self.base, self.k, self.gamma, self.alpha, self.prior, self.temperature = base, k, gamma, alpha, prior, temperature
+        self.affinity, self.max_iter, self.tol, self.seeds = affinity, max_iter, tol, seeds
+        self.backend, self.index, self.device = backend, index, device
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -129,9 +140,36 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
     def _check_X(self, X, **more):
         if isinstance(X, torch.Tensor): X = (X.float() if X.dtype == torch.bfloat16 else X).detach().cpu().numpy()
         X = validate_data(self, X, accept_sparse='csr', dtype=[np.float64, np.float32], **more)
+        if sp.issparse(X): X = sp.csr_array(X)
         return X if self.affinity == 'precomputed' else _within_range(X)
 
 # %% ../nbs/03_estimator.ipynb #6335ab1c
+class _Space:
+    "The rows of `fit` in the geometry of one similarity, and the same for new rows"
+    def __init__(self, kind, X, center):
+        self.kind, self.sparse = kind, sp.issparse(X)
+        if kind == 'precomputed': return
+        unit, dtype = X if kind == 'euclidean' else l2_rows(X), np.float32 if self.sparse else X.dtype
+        self.mean = np.asarray(unit.mean(0)).ravel() if center and not self.sparse else np.zeros(X.shape[1], dtype)
+        centered = unit if self.sparse else unit-self.mean
+        self.constant = 2*np.sqrt((centered**2).sum(1).mean()) if kind == 'euclidean' else 0
+        self.rows, features = self(X)
+        if center: self.reduce = reduction(features, not self.sparse)
+
+    def __call__(self, X):
+        "(unit rows for the search, features)"
+        X = X if self.kind == 'euclidean' else l2_rows(X)
+        features = X if self.sparse else X-self.mean
+        if self.constant: return l2_rows(np.hstack([features, np.full((len(X), 1), self.constant, X.dtype)])), features
+        return (l2_rows(features) if self.mean.any() else features), features
+
+    def features(self, X): return self.reduce(self(X)[1]).astype(np.float32)
+
+# %% ../nbs/03_estimator.ipynb #15bb3321
+@patch
+def _k(self:LabelDiffusion, n, without_self): return min(default_k(n) if self.k is None else int(self.k), n-without_self)
+
+
 @patch
 def _sparse_neighbors(self:LabelDiffusion, X, new=None):
     "(sims, idxs): the neighbors of each row among the others, or of each row of `new` among all"
@@ -141,17 +179,25 @@ def _sparse_neighbors(self:LabelDiffusion, X, new=None):
 
 
 @patch
-def _k(self:LabelDiffusion, n, without_self): return min(default_k(n) if self.k is None else int(self.k), n-without_self)
+def _spaces(self:LabelDiffusion, X):
+    kinds = self.affinity,
+    if self.affinity == 'auto': kinds = ('cosine', 'euclidean') if self._probes() and not sp.issparse(X) and X.shape[1] <= 50 else ('cosine',)
+    if 'euclidean' in kinds and sp.issparse(X): raise ValueError("affinity='euclidean' needs dense rows: pass X.toarray().")
+    return [_Space(o, X, self._probes()) for o in kinds]
 
 
 @patch
-def _graph(self:LabelDiffusion, X):
+def _probes(self:LabelDiffusion): return self.base is not None and self.affinity != 'precomputed'
+
+
+@patch
+def _graph(self:LabelDiffusion, space, X):
     "The symmetric affinity of the rows (Eq. 9)"
-    if self.affinity == 'precomputed':
+    if space.kind == 'precomputed':
         if X.shape[0] != X.shape[1]: raise ValueError(f"a precomputed affinity must have shape [n, n], got {X.shape}.")
         return affinity_from_scipy(X).to(self.device or 'cpu')
-    if sp.issparse(X): return affinity(*self._sparse_neighbors(X), self.gamma)
-    x = F.normalize(as_rows(X).to(self.device or 'cpu'))
+    if space.sparse: return affinity(*self._sparse_neighbors(space.rows), self.gamma)
+    x = F.normalize(as_rows(space.rows).to(self.device or 'cpu'))
     return affinity(*knn(x, self.k, self.backend, self.index), self.gamma)
 
 # %% ../nbs/03_estimator.ipynb #54c48f48
@@ -164,21 +210,73 @@ def _distributions(Z):
 
 
 @patch
+def _diffusion(self:LabelDiffusion, X, y, c):
+    "The paper's step: (space, graph, pseudo-labels)"
+    space = self._spaces(X)[0]
+    W, solver = self._graph(space, X), dict(max_iter=self.max_iter, tol=self.tol, seeds=self.seeds)
+    if self.prior is not None: solver.update(balance='sinkhorn', prior=self.prior)
+    return space, W, spread(W, y, c, self._alpha(), temperature=self.temperature, **solver)
+
+
+@patch
+def _alpha(self:LabelDiffusion): return self.alpha if self.alpha is not None else .9 if self._probes() else defaults.alpha
+
+# %% ../nbs/03_estimator.ipynb #c5a636e9
+@patch
+def _smoothed(self:LabelDiffusion, X, y, c):
+    "Probabilities of the classifier, diffused: (space, graph, pseudo-labels)"
+    spaces = self._spaces(X)
+    graphs = [self._graph(o, X) for o in spaces]
+    for space, W in zip(spaces, graphs):
+        S, degree = normalize(W)
+        space.degree = degree.cpu().numpy()
+        space.diffused = DiffusedFeatures(space.features(X), S, space.kind != 'euclidean')
+    few = logistic(few=self.affinity != 'cosine' and X.shape[1] <= 50)
+    views = [o.diffused.views for o in spaces]
+    self._probe = Probe(views, y.numpy(), few if isinstance(self.base, str) else [self.base])
+    best = self._probe.best_space()
+    space, W = spaces[best], graphs[best]
+    P, labeled = self._weighted(self._probe(views), y), y >= 0
+    empty = torch.from_numpy(np.asarray(abs(X).sum(1)).ravel() == 0) & ~labeled
+    P = torch.where(labeled[:, None], F.one_hot(y.clamp(min=0), c), torch.where(empty[:, None], 0, P)).float().to(W.device)
+    alpha = self._alpha()
+    Z, n_iter, residual = diffuse(normalize(W)[0], P*(1-alpha), alpha, self.max_iter, self.tol)
+    self._space_list = spaces
+    return space, W, from_scores(Z, y.to(W.device), W=W, n_iter=n_iter, residual=residual.max().item())
+
+
+@patch
+def _weighted(self:LabelDiffusion, P, y=None):
+    "Apply temperature and class shares; with `y`, find the factors of the shares first"
+    P = sharpened(P, self.temperature)
+    if y is not None:
+        self._factor = None
+        if self.prior is None: return P
+        free = y < 0
+        Q = balanced(P[free], class_prior(self.prior, y, P.shape[1]))
+        ratio = (Q/P[free].clamp(min=1e-300))
+        self._factor = (ratio/ratio.sum(1, keepdim=True)).mean(0)
+    if self._factor is not None: P = P*self._factor
+    return P/P.sum(1, keepdim=True)
+
+
+@patch
 def fit(self:LabelDiffusion,
     X, # [n, d] rows, dense or sparse; with affinity='precomputed' [n, n] affinities
     y, # [n] classes, −1 if unlabeled
 ):
-    "Build the graph and propagate the labels"
-    settings = check(self._constraints, **{o: getattr(self, o) for o in self._constraints})
+    "Build the graph and label the rows"
+    check(self._constraints, **{o: getattr(self, o) for o in self._constraints})
     X = self._check_X(X, ensure_min_samples=2)
     classes, y = encode_labels(y, X.shape[0])
-    W = self._graph(X)
-    pseudo = spread(W, y, len(classes), **{o: settings[o] for o in ('alpha', 'max_iter', 'tol', 'seeds')}).to('cpu')
-    self.classes_, self._y, self.X_ = classes, y, X
+    space, W, pseudo = (self._smoothed if self._probes() else self._diffusion)(X, y, len(classes))
+    pseudo = pseudo.to('cpu')
+    self.classes_, self._y, self.X_, self._space = classes, y, X, space
     parts = W.values(), W.col_indices(), W.crow_indices()
     self.affinity_ = sp.csr_array(tuple(o.cpu().numpy() for o in parts), shape=W.shape)
     self.transduction_ = decode_labels(pseudo.labels.numpy(), self.classes_)
-    self.label_distributions_ = _distributions(pseudo.Z.double().numpy())
+    self._Z = pseudo.Z.double().numpy()
+    self.label_distributions_ = _distributions(self._Z)
     self.certainty_, self.reached_ = pseudo.certainty.numpy(), pseudo.reached.numpy()
     self.n_iter_, self.residual_ = pseudo.n_iter, pseudo.residual
     return self
@@ -188,31 +286,71 @@ _CHUNK = 4096  # new rows per search
 
 
 @patch
+def _neighbors(self:LabelDiffusion, space, new):
+    "(sims, idxs): similarities and indices of the rows of `fit` that are next to each new one"
+    if space.sparse: return tuple(o.numpy() for o in self._sparse_neighbors(space.rows, new))
+    rows = space.rows
+    index, k = faiss.IndexFlatIP(rows.shape[1]), self._k(len(rows), False)
+    index.add(rows.astype(np.float32))
+    found = []
+    for some in np.array_split(new, np.arange(_CHUNK, len(new), _CHUNK)):
+        idxs = index.search(some.astype(np.float32), k)[1]
+        # FAISS rounds differently for different batch sizes, so the similarities are computed again
+        found.append((np.stack([np.einsum('md,md->m', some, rows[j]) for j in idxs.T], 1), idxs))
+    return tuple(np.concatenate(o) for o in zip(*found))
+
+
+@patch
+def _weights(self:LabelDiffusion, space, X):
+    "(sparse [m, n] affinities of new rows (Eq. 9), [m, k] indices of the nearest rows)"
+    sims, idxs = self._neighbors(space, space(X)[0])
+    values = sims.clip(0).astype(np.float64)**self.gamma
+    crow = np.arange(0, idxs.size+1, idxs.shape[1])
+    return sp.csr_array((values.ravel(), idxs.ravel(), crow), shape=(len(idxs), space.rows.shape[0])), idxs
+
+# %% ../nbs/03_estimator.ipynb #044994a1
+@patch
+def _same(self:LabelDiffusion, X, idxs):
+    "The row of `fit` that each new row is equal to, or −1"
+    res = np.full(len(idxs), -1)
+    for nearest in idxs.T:
+        difference = X != self.X_[nearest]
+        same = ~np.asarray(difference.sum(1) > 0).ravel() if sp.issparse(X) else ~difference.any(1)
+        res[same & (res < 0)] = nearest[same & (res < 0)]
+    return res
+
+
+@patch
+def _normalized(self:LabelDiffusion, space, weights):
+    "Rows of the normalized affinity, as if new rows had mutual edges"
+    own = np.asarray(weights.sum(1)).ravel()
+    scale = np.sqrt(2/np.where(own > 0, own, 1))
+    return sp.diags_array(scale) @ weights @ sp.diags_array(np.where(space.degree > 0, 1/np.sqrt(np.maximum(space.degree, 1e-30)), 0))
+
+
+@patch
 def _scores(self:LabelDiffusion, X):
-    "The weighted sum of the neighbors' distributions, [m, c]"
+    "Scores of new rows, [m, c]"
     check_is_fitted(self)
     check(self._constraints, k=self.k, gamma=self.gamma)  # `set_params` may have changed them since `fit`
     X = self._check_X(X, reset=False)
     dist = np.where(self.reached_[:, None], self.label_distributions_, 0)
-    if self.affinity == 'precomputed': return np.asarray(sp.csr_array(X) @ dist)
-    if sp.issparse(X) != sp.issparse(self.X_): X = sp.csr_array(X) if sp.issparse(self.X_) else X.toarray()
-    if sp.issparse(X): return self._weigh(dist, *(o.numpy() for o in self._sparse_neighbors(self.X_, X)))
-    rows, new = l2_rows(self.X_), l2_rows(X)
-    index, k = faiss.IndexFlatIP(rows.shape[1]), self._k(len(rows), False)
-    index.add(rows.astype(np.float32))
-    res = []
-    for some in np.array_split(new, np.arange(_CHUNK, len(new), _CHUNK)):
-        idxs = index.search(some.astype(np.float32), k)[1]
-        # FAISS rounds differently for different batch sizes, so the similarities are computed again
-        sims = np.stack([np.einsum('md,md->m', some, rows[j]) for j in idxs.T], 1)
-        res.append(self._weigh(dist, sims, idxs))
-    return np.concatenate(res)
-
-
-@patch
-def _weigh(self:LabelDiffusion, dist, sims, idxs):
-    weights = sims.clip(0).astype(np.float64)**self.gamma
-    return sum(w[:, None]*dist[j] for w, j in zip(weights.T, idxs.T))
+    if self._space.kind == 'precomputed': return np.asarray(sp.csr_array(X) @ dist)
+    if sp.issparse(X) != self._space.sparse: X = sp.csr_array(X) if self._space.sparse else X.toarray()
+    weights, idxs = self._weights(self._space, X)
+    res = weights @ dist
+    if self._probes():
+        alpha = self._alpha()
+        links = {self._space: self._normalized(self._space, weights)}
+        for o in self._space_list: links.setdefault(o, self._normalized(o, self._weights(o, X)[0]))
+        views = [o.diffused.of_new(o.features(X), links[o].astype(np.float32)) for o in self._space_list]
+        P = self._weighted(torch.from_numpy(self._probe(views))).numpy()
+        res = (1-alpha)*P + alpha*(links[self._space] @ self._Z.clip(0))
+        res[np.asarray(abs(X).sum(1)).ravel() == 0] = 0
+    same = self._same(X, idxs)
+    given = np.where(self._y.numpy()[:, None] >= 0, np.eye(len(self.classes_))[self._y.numpy()], dist)
+    res[same >= 0] = given[same[same >= 0]]
+    return res
 
 # %% ../nbs/03_estimator.ipynb #c943f018
 @patch
@@ -257,12 +395,16 @@ def _graph_tensor(self:LabelDiffusion):
 
 
 @patch
+def _spread(self:LabelDiffusion): return defaults.alpha if self.alpha is None else self.alpha
+
+
+@patch
 def suggest(self:LabelDiffusion,
     m:int=20, # number of rows
     **kwargs # see `curation.suggest`
 )->np.ndarray: # int [m]
     "Indices of the unlabeled rows to label next, most useful first"
-    return suggest(self._graph_tensor(), self._y >= 0, self.certainty_, m, self.alpha, **kwargs).items.cpu().numpy()
+    return suggest(self._graph_tensor(), self._y >= 0, self.certainty_, m, self._spread(), **kwargs).items.cpu().numpy()
 
 
 @patch
@@ -270,7 +412,7 @@ def label_issues(self:LabelDiffusion,
     **kwargs # see `curation.label_issues`
 )->pd.DataFrame:
     "Labeled rows with a doubtful label, most doubtful first: given, suggested, doubt"
-    found = label_issues(self._graph_tensor(), self._y, len(self.classes_), self.alpha, self.seeds, **kwargs)
+    found = label_issues(self._graph_tensor(), self._y, len(self.classes_), self._spread(), self.seeds, **kwargs)
     idxs, suggested, doubt = (o.cpu().numpy() for o in found)
     given = self.classes_[self._y.numpy()[idxs]]
     return pd.DataFrame(dict(given=given, suggested=self.classes_[suggested], doubt=doubt), index=idxs)
