@@ -27,7 +27,7 @@ from .transductive.neighbors import default_k, knn
 from .transductive.balance import balanced, class_prior, sharpened
 from .transductive.graph import affinity, csr, normalize
 from .transductive.diffusion import diffuse
-from .transductive.probe import DiffusedFeatures, Probe, logistic, reduction
+from .transductive.probe import DiffusedFeatures, Probe, log_mean, logistic, reduction
 from .transductive.propagate import spread
 from .transductive.scoring import from_scores
 from .transductive.curation import label_issues, suggest
@@ -165,7 +165,7 @@ class _Space:
 
     def features(self, X): return self.reduce(self(X)[1]).astype(np.float32)
 
-# %% ../nbs/03_estimator.ipynb #15bb3321
+# %% ../nbs/03_estimator.ipynb #662c245e
 @patch
 def _k(self:LabelDiffusion, n, without_self): return min(default_k(n) if self.k is None else int(self.k), n-without_self)
 
@@ -221,7 +221,7 @@ def _diffusion(self:LabelDiffusion, X, y, c):
 @patch
 def _alpha(self:LabelDiffusion): return self.alpha if self.alpha is not None else .9 if self._probes() else defaults.alpha
 
-# %% ../nbs/03_estimator.ipynb #c5a636e9
+# %% ../nbs/03_estimator.ipynb #b4bbc71b
 @patch
 def _smoothed(self:LabelDiffusion, X, y, c):
     "Probabilities of the classifier, diffused: (space, graph, pseudo-labels)"
@@ -234,9 +234,11 @@ def _smoothed(self:LabelDiffusion, X, y, c):
     few = logistic(few=self.affinity != 'cosine' and X.shape[1] <= 50)
     views = [o.diffused.views for o in spaces]
     self._probe = Probe(views, y.numpy(), few if isinstance(self.base, str) else [self.base])
-    best = self._probe.best_space()
-    space, W = spaces[best], graphs[best]
-    P, labeled = self._weighted(self._probe(views), y), y >= 0
+    space, W = next((o, W) for i, (o, W) in enumerate(zip(spaces, graphs)) if i == self._probe.best_space())
+    self._trust = 4*space.diffused.kept**2
+    Q = spread(W, y, c, max_iter=self.max_iter, tol=self.tol, seeds=self.seeds).Z
+    self._Q = _distributions(Q.double().cpu().numpy())
+    P, labeled = self._weighted(log_mean([self._probe(views), self._Q], [1, self._trust]), y), y >= 0
     empty = torch.from_numpy(np.asarray(abs(X).sum(1)).ravel() == 0) & ~labeled
     P = torch.where(labeled[:, None], F.one_hot(y.clamp(min=0), c), torch.where(empty[:, None], 0, P)).float().to(W.device)
     alpha = self._alpha()
@@ -248,7 +250,7 @@ def _smoothed(self:LabelDiffusion, X, y, c):
 @patch
 def _weighted(self:LabelDiffusion, P, y=None):
     "Apply temperature and class shares; with `y`, find the factors of the shares first"
-    P = sharpened(P, self.temperature)
+    P = sharpened(torch.from_numpy(P), self.temperature)
     if y is not None:
         self._factor = None
         if self.prior is None: return P
@@ -308,7 +310,7 @@ def _weights(self:LabelDiffusion, space, X):
     crow = np.arange(0, idxs.size+1, idxs.shape[1])
     return sp.csr_array((values.ravel(), idxs.ravel(), crow), shape=(len(idxs), space.rows.shape[0])), idxs
 
-# %% ../nbs/03_estimator.ipynb #044994a1
+# %% ../nbs/03_estimator.ipynb #e8bac11f
 @patch
 def _same(self:LabelDiffusion, X, idxs):
     "The row of `fit` that each new row is equal to, or −1"
@@ -344,7 +346,8 @@ def _scores(self:LabelDiffusion, X):
         links = {self._space: self._normalized(self._space, weights)}
         for o in self._space_list: links.setdefault(o, self._normalized(o, self._weights(o, X)[0]))
         views = [o.diffused.of_new(o.features(X), links[o].astype(np.float32)) for o in self._space_list]
-        P = self._weighted(torch.from_numpy(self._probe(views))).numpy()
+        P = log_mean([self._probe(views), _distributions(weights @ self._Q)], [1, self._trust])
+        P = self._weighted(P).numpy()
         res = (1-alpha)*P + alpha*(links[self._space] @ self._Z.clip(0))
         res[np.asarray(abs(X).sum(1)).ravel() == 0] = 0
     same = self._same(X, idxs)

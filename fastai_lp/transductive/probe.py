@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'Reduction', 'reduction', 'DiffusedFeatures', 'log_mean', 'left_out', 'logistic', 'Probe']
 
-# %% ../../nbs/transductive/13_probe.ipynb #58571a20
+# %% ../../nbs/transductive/13_probe.ipynb #e8586d40
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from sklearn.utils.extmath import randomized_svd
 from .diffusion import diffuse
 from .settings import as_rows
 
-# %% ../../nbs/transductive/13_probe.ipynb #ae5df96f
+# %% ../../nbs/transductive/13_probe.ipynb #bba33472
 class Reduction(NamedTuple):
     "Centering and principal directions of some rows"
     mean:np.ndarray # [d]
@@ -39,7 +39,7 @@ def reduction(
     axes = randomized_svd(x-mean if center else x, min(size, *x.shape), random_state=0)[2].T
     return Reduction(mean, np.ascontiguousarray(axes))
 
-# %% ../../nbs/transductive/13_probe.ipynb #f3ebc351
+# %% ../../nbs/transductive/13_probe.ipynb #c77d6f5a
 SCALES = 0., .9, .97
 
 
@@ -53,6 +53,8 @@ class DiffusedFeatures:
         x = torch.as_tensor(x).to(S.device)
         self.unit = unit
         self.diffused = [(x if a == 0 else diffuse(S, x, a, max_iter=30, tol=1e-4).Z*(1-a)).cpu().numpy() for a in SCALES]
+        centered = self.diffused[1]-self.diffused[1].mean(0)
+        self.kept = float((centered**2).sum()/max(((self.diffused[0]-self.diffused[0].mean(0))**2).sum(), 1e-30)) # of the variance
         views = [self._rows(o) for o in self.diffused]
         self.shift = [o.mean(0) for o in views]
         self.scale = [max(np.sqrt(((o-m)**2).sum(1).mean()), 1e-12) for o, m in zip(views, self.shift)]
@@ -70,7 +72,7 @@ class DiffusedFeatures:
         "Features of new rows, as if each were a further item of the graph"
         return self._standard([self._rows((1-a)*x + a*(weights @ o)) for a, o in zip(SCALES, self.diffused)])
 
-# %% ../../nbs/transductive/13_probe.ipynb #0d9f5414
+# %% ../../nbs/transductive/13_probe.ipynb #f9b46c21
 def log_mean(
     P:list, # float arrays [n, c]: class probabilities of each classifier
     weights, # one number per classifier
@@ -96,12 +98,12 @@ def left_out(
         found[test] = clone(classifier).fit(x[train], y[train]).predict_proba(x[test])[np.arange(len(test)), y[test]]
     return np.log(.99*found + .01/(y.max()+1)).sum()
 
-# %% ../../nbs/transductive/13_probe.ipynb #6f02e0fa
+# %% ../../nbs/transductive/13_probe.ipynb #c22235a7
 def logistic(
     few:bool=False, # for tables with few columns: several strengths of regularization
 )->list:
     "The default classifiers"
-    return [LogisticRegression(C=C, max_iter=300) for C in ((3, 30, 300) if few else (3,))]
+    return [LogisticRegression(C=C, max_iter=300) for C in ((3, 30, 300) if few else (4,))]
 
 
 class Probe:
