@@ -1335,6 +1335,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastai_lp/transductive/probe.py'),
                                               'fastai_lp.transductive.probe.logistic': ( 'transductive/probe.html#logistic',
                                                                                          'fastai_lp/transductive/probe.py'),
+                                              'fastai_lp.transductive.probe.new_alpha': ( 'transductive/probe.html#new_alpha',
+                                                                                          'fastai_lp/transductive/probe.py'),
                                               'fastai_lp.transductive.probe.reduction': ( 'transductive/probe.html#reduction',
                                                                                           'fastai_lp/transductive/probe.py')},
             'fastai_lp.transductive.propagate': { 'fastai_lp.transductive.propagate._seed_columns': ( 'transductive/propagate.html#_seed_columns',

@@ -27,7 +27,7 @@ from .transductive.neighbors import default_k, knn
 from .transductive.balance import balanced, class_prior, sharpened
 from .transductive.graph import affinity, csr, normalize
 from .transductive.diffusion import diffuse
-from .transductive.probe import DiffusedFeatures, Probe, log_mean, logistic, reduction
+from .transductive.probe import DiffusedFeatures, Probe, log_mean, logistic, new_alpha, reduction
 from .transductive.propagate import spread
 from .transductive.scoring import from_scores
 from .transductive.curation import label_issues, suggest
@@ -165,7 +165,7 @@ class _Space:
 
     def features(self, X): return self.reduce(self(X)[1]).astype(np.float32)
 
-# %% ../nbs/03_estimator.ipynb #662c245e
+# %% ../nbs/03_estimator.ipynb #cd0bfb78
 @patch
 def _k(self:LabelDiffusion, n, without_self): return min(default_k(n) if self.k is None else int(self.k), n-without_self)
 
@@ -197,7 +197,7 @@ def _graph(self:LabelDiffusion, space, X):
         if X.shape[0] != X.shape[1]: raise ValueError(f"a precomputed affinity must have shape [n, n], got {X.shape}.")
         return affinity_from_scipy(X).to(self.device or 'cpu')
     if space.sparse: return affinity(*self._sparse_neighbors(space.rows), self.gamma)
-    x = F.normalize(as_rows(space.rows).to(self.device or 'cpu'))
+    x = F.normalize(as_rows(space.rows if self._probes() else X).to(self.device or 'cpu'))
     return affinity(*knn(x, self.k, self.backend, self.index), self.gamma)
 
 # %% ../nbs/03_estimator.ipynb #54c48f48
@@ -221,7 +221,7 @@ def _diffusion(self:LabelDiffusion, X, y, c):
 @patch
 def _alpha(self:LabelDiffusion): return self.alpha if self.alpha is not None else .9 if self._probes() else defaults.alpha
 
-# %% ../nbs/03_estimator.ipynb #b4bbc71b
+# %% ../nbs/03_estimator.ipynb #93ddd5ef
 @patch
 def _smoothed(self:LabelDiffusion, X, y, c):
     "Probabilities of the classifier, diffused: (space, graph, pseudo-labels)"
@@ -304,20 +304,21 @@ def _neighbors(self:LabelDiffusion, space, new):
 
 @patch
 def _weights(self:LabelDiffusion, space, X):
-    "(sparse [m, n] affinities of new rows (Eq. 9), [m, k] indices of the nearest rows)"
-    sims, idxs = self._neighbors(space, space(X)[0])
+    "(sparse [m, n] affinities of new rows (Eq. 9), the row of `fit` that each is equal to or −1)"
+    new = space(X)[0]
+    sims, idxs = self._neighbors(space, new)
     values = sims.clip(0).astype(np.float64)**self.gamma
     crow = np.arange(0, idxs.size+1, idxs.shape[1])
-    return sp.csr_array((values.ravel(), idxs.ravel(), crow), shape=(len(idxs), space.rows.shape[0])), idxs
+    return sp.csr_array((values.ravel(), idxs.ravel(), crow), shape=(len(idxs), space.rows.shape[0])), self._same(space, new, idxs)
 
-# %% ../nbs/03_estimator.ipynb #e8bac11f
+# %% ../nbs/03_estimator.ipynb #47edf5f7
 @patch
-def _same(self:LabelDiffusion, X, idxs):
-    "The row of `fit` that each new row is equal to, or −1"
+def _same(self:LabelDiffusion, space, new, idxs):
+    "The row of `fit` that each new row is equal to but for rounding, or −1"
     res = np.full(len(idxs), -1)
     for nearest in idxs.T:
-        difference = X != self.X_[nearest]
-        same = ~np.asarray(difference.sum(1) > 0).ravel() if sp.issparse(X) else ~difference.any(1)
+        most = abs(new-space.rows[nearest]).max(axis=1)
+        same = (most.toarray() if sp.issparse(most) else most).ravel() <= 1e-6
         res[same & (res < 0)] = nearest[same & (res < 0)]
     return res
 
@@ -339,10 +340,10 @@ def _scores(self:LabelDiffusion, X):
     dist = np.where(self.reached_[:, None], self.label_distributions_, 0)
     if self._space.kind == 'precomputed': return np.asarray(sp.csr_array(X) @ dist)
     if sp.issparse(X) != self._space.sparse: X = sp.csr_array(X) if self._space.sparse else X.toarray()
-    weights, idxs = self._weights(self._space, X)
+    weights, same = self._weights(self._space, X)
     res = weights @ dist
     if self._probes():
-        alpha = self._alpha()
+        alpha = new_alpha(self._alpha())
         links = {self._space: self._normalized(self._space, weights)}
         for o in self._space_list: links.setdefault(o, self._normalized(o, self._weights(o, X)[0]))
         views = [o.diffused.of_new(o.features(X), links[o].astype(np.float32)) for o in self._space_list]
@@ -350,7 +351,6 @@ def _scores(self:LabelDiffusion, X):
         P = self._weighted(P).numpy()
         res = (1-alpha)*P + alpha*(links[self._space] @ self._Z.clip(0))
         res[np.asarray(abs(X).sum(1)).ravel() == 0] = 0
-    same = self._same(X, idxs)
     given = np.where(self._y.numpy()[:, None] >= 0, np.eye(len(self.classes_))[self._y.numpy()], dist)
     res[same >= 0] = given[same[same >= 0]]
     return res

@@ -8,6 +8,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import GaussianNB
+from sklearn.svm import SVC
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import cross_val_score
@@ -22,7 +26,7 @@ pixels, truth = load_digits(return_X_y=True)
 @pytest.fixture(scope='module')
 def fitted():
     y = hide_labels(truth, n=2)[0]
-    return LabelDiffusion().fit(pixels, y), y
+    return LabelDiffusion(None).fit(pixels, y), y
 
 
 def test_same_as_propagate(fitted):
@@ -38,7 +42,7 @@ def test_same_as_propagate(fitted):
 @pytest.mark.parametrize('convert', [sp.csr_array, sp.csr_matrix, np.float32, np.ndarray.tolist])
 def test_input_types_agree(fitted, convert):
     model, y = fitted
-    other = LabelDiffusion().fit(convert(pixels), y)
+    other = LabelDiffusion(None).fit(convert(pixels), y)
     assert (other.transduction_ == model.transduction_).mean() > .999
     np.testing.assert_allclose(other.predict_proba(pixels[:50]), model.predict_proba(sp.csr_array(pixels[:50])), atol=1e-3)
 
@@ -47,14 +51,14 @@ def test_input_types_agree(fitted, convert):
 def test_precomputed_affinity(fitted, dense):
     model, y = fitted
     W = model.affinity_.toarray() if dense else model.affinity_
-    other = LabelDiffusion(affinity='precomputed').fit(W, y)
+    other = LabelDiffusion(None, affinity='precomputed').fit(W, y)
     np.testing.assert_array_equal(other.transduction_, model.transduction_)
     assert (other.predict(W[:50]) == truth[:50]).mean() > .85
 
 
 def test_new_rows_are_labeled_by_their_neighbors():
     train, test = np.arange(1200), np.arange(1200, len(truth))
-    model = LabelDiffusion().fit(pixels[train], hide_labels(truth[train], n=5)[0])
+    model = LabelDiffusion(None).fit(pixels[train], hide_labels(truth[train], n=5)[0])
     unit = pixels/np.linalg.norm(pixels, axis=1, keepdims=True)
     sims = unit[test] @ unit[train].T
     expected = np.zeros((len(test), 10))
@@ -68,7 +72,7 @@ def test_rows_that_no_label_reaches():
     X = np.r_[np.eye(3).repeat(10, 0) + .01*np.eye(3)[np.arange(30) % 3], np.zeros((1, 3))]
     y = np.full(31, -1)
     y[0], y[10] = 3, 7
-    model = LabelDiffusion(k=3).fit(X, y)
+    model = LabelDiffusion(None, k=3).fit(X, y)
     assert model.reached_.tolist() == [True]*20 + [False]*11
     assert set(model.transduction_[:20]) == {3, 7}
     assert set(model.transduction_[20:]) == {-1}
@@ -202,7 +206,7 @@ def test_dates():
 
 
 @pytest.mark.parametrize('params', [dict(k=np.int64(5)), dict(k=np.uint8(5)), dict(k=5, max_iter=np.int32(20)),
-    dict(k=5, gamma=np.float32(3)), dict(k=5, gamma=np.int64(3)), dict(k=5, tol=np.float64(1e-6)), dict(k=5, alpha=np.float64(.99))])
+    dict(k=5, gamma=np.float32(3)), dict(k=5, gamma=np.int64(3)), dict(k=5, tol=np.float64(1e-6)), dict(k=5, alpha=np.float64(.9))])
 def test_numpy_settings(params):
     y = np.where(shown, three, -1)
     model, plain = fit_quietly(y, **params), fit_quietly(y, k=5)
@@ -248,7 +252,7 @@ def test_suggested_rows_are_unlabeled(fitted):
     (dict(gamma=np.inf), None, 'gamma must be a number above 0, got inf'),
     (dict(k=0), None, 'k must be an integer of at least 1 or None, got 0'),
     (dict(alpha=1), None, 'alpha must be'),
-    (dict(affinity='rbf'), None, "affinity must be 'cosine' or 'precomputed', got 'rbf'"),
+    (dict(affinity='rbf'), None, "affinity must be 'auto', 'cosine', 'euclidean' or 'precomputed', got 'rbf'"),
     (dict(device=0), None, 'device must be'),
     (dict(), np.full(20, -1), 'no row is labeled'),
     (dict(), np.zeros(19, int), '19 labels for 20 rows'),
@@ -287,7 +291,7 @@ def test_score_leaves_out_rows_without_label(missing):
 
 def test_score_of_a_class_minus_one():
     y = np.where(truth[:600] < 5, -1, 1)
-    with pytest.warns(UserWarning, match='both are taken'): model = LabelDiffusion().fit(pixels[:600], y)
+    with pytest.warns(UserWarning, match='both are taken'): model = LabelDiffusion(None).fit(pixels[:600], y)
     assert model.score(pixels[:600], y) == (model.predict(pixels[:600]) == y).mean()
 
 
@@ -295,7 +299,7 @@ def test_score_of_a_class_minus_one():
 @pytest.mark.parametrize('scale', [1e200, 1e-200, 2.**-500])
 def test_rows_of_extreme_length(fitted, convert, scale):
     model, y = fitted
-    other = LabelDiffusion().fit(convert(pixels*scale), y)
+    other = LabelDiffusion(None).fit(convert(pixels*scale), y)
     assert (other.transduction_ == model.transduction_).mean() > .99
     assert (model.predict(convert(pixels[:200]*scale)) == model.predict(convert(pixels[:200]))).all()
 
@@ -303,7 +307,7 @@ def test_rows_of_extreme_length(fitted, convert, scale):
 @pytest.mark.parametrize('scale', [1e300, 1e-200])
 def test_precomputed_affinity_of_extreme_scale(fitted, scale):
     model, y = fitted
-    other = LabelDiffusion(affinity='precomputed').fit(model.affinity_.astype(float)*scale, y)
+    other = LabelDiffusion(None, affinity='precomputed').fit(model.affinity_.astype(float)*scale, y)
     np.testing.assert_allclose(other.label_distributions_, model.label_distributions_, atol=1e-4)
 
 
@@ -311,10 +315,84 @@ def test_precomputed_affinity_of_extreme_scale(fitted, scale):
     ids=['gradient', 'bfloat16', 'half'])
 def test_tensors_from_a_network(fitted, X):
     model, y = fitted
-    np.testing.assert_array_equal(LabelDiffusion().fit(X, y).predict(X), model.predict(pixels))
+    np.testing.assert_array_equal(LabelDiffusion(None).fit(X, y).predict(X), model.predict(pixels))
 
 
 @pytest.mark.parametrize('params', [dict(k=0), dict(k=5.), dict(gamma='3')])
 def test_settings_changed_after_fit(params):
     model = LabelDiffusion().fit(pixels[:50], truth[:50]).set_params(**params)
     with pytest.raises(ValueError, match='must be'): model.predict(pixels[:5])
+
+
+# A classifier on diffused features
+
+blobs_x = np.random.default_rng(3).normal(size=(4, 60))[np.arange(400) % 4] + 1.2*np.random.default_rng(4).normal(size=(400, 60))
+blobs_y = np.arange(400) % 4
+
+
+def blobs_shown(per_class=2): return np.where(np.arange(400) < 4*per_class, blobs_y, -1)
+
+
+@pytest.mark.parametrize('base', ['logistic', LogisticRegression(C=1.), GaussianNB(), RandomForestClassifier(20, random_state=0)])
+@pytest.mark.parametrize('columns', [60, 20])  # with 50 or fewer, both similarities are used
+def test_any_classifier(base, columns):
+    X, y = blobs_x[:, :columns], blobs_shown(5)
+    model = LabelDiffusion(base).fit(X[:300], y[:300])
+    assert (model.transduction_ == blobs_y[:300])[20:].mean() > .85
+    assert (model.predict(X[300:]) == blobs_y[300:]).mean() > .85
+    np.testing.assert_allclose(model.predict_proba(X[300:]).sum(1), 1)
+
+
+@pytest.mark.parametrize('base', ['tree', 3, SVC()])
+def test_other_classifiers_are_refused(base):
+    with pytest.raises(ValueError, match="base must be 'logistic', None or a classifier with predict_proba"):
+        LabelDiffusion(base).fit(blobs_x, blobs_shown())
+
+
+@pytest.mark.parametrize('params', [{}, dict(base=None), dict(affinity='euclidean'), dict(prior='labels'), dict(temperature=.5)])
+@pytest.mark.parametrize('convert', [np.asarray, sp.csr_array])
+def test_rows_of_fit_keep_their_result(params, convert):
+    if convert is sp.csr_array and 'affinity' in params: return
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(200, 8)), (rng.random(200) > .5).astype(int) + 1
+    X[::2] += .5*(y[::2, None] == 1)  # two classes that overlap
+    y[20:] = -1
+    model = LabelDiffusion(**params).fit(convert(X), y)
+    np.testing.assert_array_equal(model.predict(convert(X)), model.transduction_)
+
+
+def test_a_new_row_next_to_an_old_one_gets_nearly_its_result():
+    model = LabelDiffusion().fit(blobs_x, blobs_shown())
+    near = model.predict_proba(blobs_x[50:100] + 1e-6)
+    assert abs(near-model.label_distributions_[50:100]).max() < .2
+    assert (near.argmax(1) == model.label_distributions_[50:100].argmax(1)).mean() > .95
+
+
+def test_the_given_shares_are_reached():
+    y = blobs_shown(5)
+    for prior in ([.7, .1, .1, .1], 'uniform'):
+        model = LabelDiffusion(prior=prior, alpha=0., temperature=1.).fit(blobs_x, y)
+        share = model.label_distributions_[20:].mean(0)
+        np.testing.assert_allclose(share, np.full(4, .25) if prior == 'uniform' else prior, atol=.02)
+
+
+def test_left_out_labels_choose_the_similarity():
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=(300, 5))
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    length = np.where(np.arange(300) % 2, 5, 1)  # the classes differ in length alone
+    y = np.where(np.arange(300) < 40, np.arange(300) % 2, -1)
+    both = LabelDiffusion().fit(direction*length[:, None], y)
+    cosine = LabelDiffusion(affinity='cosine').fit(direction*length[:, None], y)
+    right = [(o.transduction_ == np.arange(300) % 2)[40:].mean() for o in (both, cosine)]
+    assert right[0] > right[1] + .1
+
+
+def test_euclidean_needs_dense_rows():
+    with pytest.raises(ValueError, match='needs dense rows'): LabelDiffusion(affinity='euclidean').fit(sp.csr_array(blobs_x), blobs_shown())
+
+
+def test_a_single_class():
+    model = LabelDiffusion().fit(blobs_x, np.where(np.arange(400) < 3, 'a', ''))
+    assert set(model.transduction_) == {'a'}
+    assert set(model.predict(blobs_x[:5] + 1)) == {'a'}
