@@ -1,18 +1,19 @@
 """Compares `LabelDiffusion` with scikit-learn's classifiers on photographs, texts, digits and tables: 1, 4, 10 and 25 labels
-per class, draws 0 to 4. Settings were chosen on draws from 100 on, with other photographs.
+per class. Settings were chosen on draws from 100 on, with other photographs.
 
 Each line of results/real.jsonl has the errors of a model on one draw: on the unlabeled training rows ("unlabeled") and on
 new rows ("new"). Peers get what they need most: logistic regression and kNN see the labels only, on rows as they are and
 ℓ2-normalized, with several C and k. `LabelSpreading` has several k. The results page takes the best setting of each peer in
 hindsight. Lines that are in the file are skipped. Data: see real_data.py. Reproduces results/real.jsonl:
 
-    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/real.py --cache folder_for_embeddings"""
+    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/real.py --data photos,sentences,tfidf
+    OMP_NUM_THREADS=1 python benchmarks/real.py --data digits,iris,wine,cancer --draws 0-19"""
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from fastcore.script import Param, call_parse
+from fastcore.script import call_parse
 from real_data import DATA, rows, shown
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
@@ -35,20 +36,20 @@ ON_LABELS = 'logistic regression', 'kNN'
 
 
 def error(model, family, data, y):
-    "(errors on unlabeled and on new rows, seconds)"
+    "Errors on unlabeled and on new rows, if there are any, and seconds"
     hidden, start = y < 0, time.perf_counter()
     if family in ON_LABELS:
         if getattr(model, 'n_neighbors', 0) > (~hidden).sum(): return None
         model = clone(model).fit(data.x[~hidden], y[~hidden])
     else: model = clone(model).fit(data.x, y)
     found = model.transduction_ if hasattr(model, 'transduction_') else model.predict(data.x)
-    return dict(unlabeled=(found != data.y)[hidden].mean(), new=(model.predict(data.new_x) != data.new_y).mean(),
-        sec=round(time.perf_counter()-start, 2))
+    new = (model.predict(data.new_x) != data.new_y).mean() if len(data.new_x) else None
+    return dict(unlabeled=(found != data.y)[hidden].mean(), new=new, sec=round(time.perf_counter()-start, 2))
 
 
 def runs(data):
     "(family, setting, model, rows)"
-    unit = data._replace(x=normalize(data.x), new_x=normalize(data.new_x))
+    unit = data._replace(x=normalize(data.x), new_x=normalize(data.new_x) if len(data.new_x) else data.new_x)
     for name, model in OURS.items(): yield name, '', model, data
     for family, models in PEERS.items():
         for setting, model in models.items():
@@ -58,12 +59,13 @@ def runs(data):
 
 @call_parse
 def main(
-    data:Param("names of data sets, separated by commas", str)=','.join(DATA),
-    draws:Param("range of the draws", str)='0-4',
-    cache:Param("folder for the embeddings", str)=None,
-    only:Param("families, separated by commas; all if empty", str)='',
-    out:Param("file of the results", str)=str(Path(__file__).parent/'results/real.jsonl')):
-    done = {(o['data'], o['labels'], o['draw'], o['model'], o['setting']) for o in read_json_lines(out)} if Path(out).exists() else set()
+    data:str=','.join(DATA), # names of data sets, separated by commas
+    draws:str='0-4', # range of the draws
+    cache:str=None, # folder for the embeddings; the folder of the data if not given
+    only:str='', # families, separated by commas; all if empty
+    out:str=str(Path(__file__).parent/'results/real.jsonl'), # file of the results
+):
+    done = {(o['data'], o['labels'], o['draw'], o['model'], o['setting']) for _, o in read_json_lines(out)} if Path(out).exists() else set()
     first, last = map(int, draws.split('-'))
     for name in data.split(','):
         d = rows(name, cache)

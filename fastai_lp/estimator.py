@@ -116,7 +116,7 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
         base='logistic', # classifier on the features, 'logistic' or any of scikit-learn; None: the paper's diffusion of labels
         k:int=defaults.k, # neighbors per row; None: `neighbors.default_k(n)`, about √n/4.5 between 7 and 50
         gamma:float=defaults.gamma, # γ of Eq. 9, exponent of the similarities
-        alpha:float=None, # α of Eq. 6 in [0, 1), how far labels spread; None: .9 with a classifier, else the paper's .99
+        alpha:float=None, # α of Eq. 6 in [0, 1), how far labels spread; None: .9 with a classifier (.5 if Euclidean), else the paper's .99
         prior=None, # class shares of the unlabeled rows: 'labels', 'uniform' or one number per class; None: not used
         temperature:float=defaults.temperature, # below 1: sharpen the probabilities before they are diffused
         affinity:str='auto', # 'cosine', 'euclidean' or 'precomputed' (X is the affinity, [m, n] for new rows); 'auto': see above
@@ -165,7 +165,7 @@ class _Space:
 
     def features(self, X): return self.reduce(self(X)[1]).astype(np.float32)
 
-# %% ../nbs/03_estimator.ipynb #cd0bfb78
+# %% ../nbs/03_estimator.ipynb #e8a092f6
 @patch
 def _k(self:LabelDiffusion, n, without_self): return min(default_k(n) if self.k is None else int(self.k), n-without_self)
 
@@ -179,11 +179,11 @@ def _sparse_neighbors(self:LabelDiffusion, X, new=None):
 
 
 @patch
-def _spaces(self:LabelDiffusion, X):
-    kinds = self.affinity,
-    if self.affinity == 'auto': kinds = ('cosine', 'euclidean') if self._probes() and not sp.issparse(X) and X.shape[1] <= 50 else ('cosine',)
-    if 'euclidean' in kinds and sp.issparse(X): raise ValueError("affinity='euclidean' needs dense rows: pass X.toarray().")
-    return [_Space(o, X, self._probes()) for o in kinds]
+def _make_space(self:LabelDiffusion, X):
+    kind = self.affinity
+    if kind == 'auto': kind = 'euclidean' if self._probes() and not sp.issparse(X) and X.shape[1] <= 50 else 'cosine'
+    if kind == 'euclidean' and sp.issparse(X): raise ValueError("affinity='euclidean' needs dense rows: pass X.toarray().")
+    return _Space(kind, X, self._probes())
 
 
 @patch
@@ -212,38 +212,34 @@ def _distributions(Z):
 @patch
 def _diffusion(self:LabelDiffusion, X, y, c):
     "The paper's step: (space, graph, pseudo-labels)"
-    space = self._spaces(X)[0]
+    space = self._make_space(X)
     W, solver = self._graph(space, X), dict(max_iter=self.max_iter, tol=self.tol, seeds=self.seeds)
     if self.prior is not None: solver.update(balance='sinkhorn', prior=self.prior)
-    return space, W, spread(W, y, c, self._alpha(), temperature=self.temperature, **solver)
+    return space, W, spread(W, y, c, self._alpha(space), temperature=self.temperature, **solver)
 
 
 @patch
-def _alpha(self:LabelDiffusion): return self.alpha if self.alpha is not None else .9 if self._probes() else defaults.alpha
+def _alpha(self:LabelDiffusion, space):
+    if self.alpha is not None: return self.alpha
+    return defaults.alpha if not self._probes() else .5 if space.kind == 'euclidean' else .9
 
-# %% ../nbs/03_estimator.ipynb #93ddd5ef
+# %% ../nbs/03_estimator.ipynb #d7fbae54
 @patch
 def _smoothed(self:LabelDiffusion, X, y, c):
-    "Probabilities of the classifier, diffused: (space, graph, pseudo-labels)"
-    spaces = self._spaces(X)
-    graphs = [self._graph(o, X) for o in spaces]
-    for space, W in zip(spaces, graphs):
-        S, degree = normalize(W)
-        space.degree = degree.cpu().numpy()
-        space.diffused = DiffusedFeatures(space.features(X), S, space.kind != 'euclidean')
-    few = logistic(few=self.affinity != 'cosine' and X.shape[1] <= 50)
-    views = [o.diffused.views for o in spaces]
-    self._probe = Probe(views, y.numpy(), few if isinstance(self.base, str) else [self.base])
-    space, W = next((o, W) for i, (o, W) in enumerate(zip(spaces, graphs)) if i == self._probe.best_space())
-    self._trust = 4*space.diffused.kept**2
+    "Probabilities, diffused: (space, graph, pseudo-labels)"
+    space = self._make_space(X)
+    W, euclidean = self._graph(space, X), space.kind == 'euclidean'
+    S, degree = normalize(W)
+    space.degree, space.diffused = degree.cpu().numpy(), DiffusedFeatures(space.features(X), S, not euclidean)
+    self._probe = Probe(space.diffused.views, y.numpy(), logistic(euclidean) if isinstance(self.base, str) else [self.base])
+    self._trust = 0 if euclidean else 4*space.diffused.kept**2
     Q = spread(W, y, c, max_iter=self.max_iter, tol=self.tol, seeds=self.seeds).Z
     self._Q = _distributions(Q.double().cpu().numpy())
-    P, labeled = self._weighted(log_mean([self._probe(views), self._Q], [1, self._trust]), y), y >= 0
+    P, labeled = self._weighted(log_mean([self._probe(space.diffused.views), self._Q], [1, self._trust]), y), y >= 0
     empty = torch.from_numpy(np.asarray(abs(X).sum(1)).ravel() == 0) & ~labeled
     P = torch.where(labeled[:, None], F.one_hot(y.clamp(min=0), c), torch.where(empty[:, None], 0, P)).float().to(W.device)
-    alpha = self._alpha()
-    Z, n_iter, residual = diffuse(normalize(W)[0], P*(1-alpha), alpha, self.max_iter, self.tol)
-    self._space_list = spaces
+    alpha = self._alpha(space)
+    Z, n_iter, residual = diffuse(S, P*(1-alpha), alpha, self.max_iter, self.tol)
     return space, W, from_scores(Z, y.to(W.device), W=W, n_iter=n_iter, residual=residual.max().item())
 
 
@@ -311,7 +307,7 @@ def _weights(self:LabelDiffusion, space, X):
     crow = np.arange(0, idxs.size+1, idxs.shape[1])
     return sp.csr_array((values.ravel(), idxs.ravel(), crow), shape=(len(idxs), space.rows.shape[0])), self._same(space, new, idxs)
 
-# %% ../nbs/03_estimator.ipynb #47edf5f7
+# %% ../nbs/03_estimator.ipynb #3230fa44
 @patch
 def _same(self:LabelDiffusion, space, new, idxs):
     "The row of `fit` that each new row is equal to but for rounding, or −1"
@@ -343,13 +339,11 @@ def _scores(self:LabelDiffusion, X):
     weights, same = self._weights(self._space, X)
     res = weights @ dist
     if self._probes():
-        alpha = new_alpha(self._alpha())
-        links = {self._space: self._normalized(self._space, weights)}
-        for o in self._space_list: links.setdefault(o, self._normalized(o, self._weights(o, X)[0]))
-        views = [o.diffused.of_new(o.features(X), links[o].astype(np.float32)) for o in self._space_list]
+        alpha, links = new_alpha(self._alpha(self._space)), self._normalized(self._space, weights)
+        views = self._space.diffused.of_new(self._space.features(X), links.astype(np.float32))
         P = log_mean([self._probe(views), _distributions(weights @ self._Q)], [1, self._trust])
         P = self._weighted(P).numpy()
-        res = (1-alpha)*P + alpha*(links[self._space] @ self._Z.clip(0))
+        res = (1-alpha)*P + alpha*(links @ self._Z.clip(0))
         res[np.asarray(abs(X).sum(1)).ravel() == 0] = 0
     given = np.where(self._y.numpy()[:, None] >= 0, np.eye(len(self.classes_))[self._y.numpy()], dist)
     res[same >= 0] = given[same[same >= 0]]

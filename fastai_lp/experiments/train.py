@@ -169,7 +169,7 @@ def _diffuse_pixels(data):
     start, truth = time.perf_counter(), data.truth
     x = data.images.flatten(1).float()
     x = (x-x.min()).numpy()
-    model = LabelDiffusion().fit(x[data.train], data.shown)
+    model = LabelDiffusion(None).fit(x[data.train], data.shown)
     right = (model.transduction_ == truth[data.train])[(data.shown < 0) & (truth[data.train] >= 0)]
     p, targ = torch.as_tensor(model.predict_proba(x[data.test])), torch.as_tensor(truth[data.test])
     error = (p.argmax(1) != targ).float().mean().item()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'Reduction', 'reduction', 'new_alpha', 'DiffusedFeatures', 'log_mean', 'left_out', 'logistic', 'Probe']
 
-# %% ../../nbs/transductive/13_probe.ipynb #e7eb2518
+# %% ../../nbs/transductive/13_probe.ipynb #04072ff6
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from sklearn.utils.extmath import randomized_svd
 from .diffusion import diffuse
 from .settings import as_rows
 
-# %% ../../nbs/transductive/13_probe.ipynb #b7773078
+# %% ../../nbs/transductive/13_probe.ipynb #527b04ef
 class Reduction(NamedTuple):
     "Centering and principal directions of some rows"
     mean:np.ndarray # [d]
@@ -39,7 +39,7 @@ def reduction(
     axes = randomized_svd(x-mean if center else x, min(size, *x.shape), random_state=0)[2].T
     return Reduction(mean, np.ascontiguousarray(axes))
 
-# %% ../../nbs/transductive/13_probe.ipynb #31c0023c
+# %% ../../nbs/transductive/13_probe.ipynb #9e70d8de
 SCALES = 0., .9, .97
 
 
@@ -79,7 +79,7 @@ class DiffusedFeatures:
         "Features of new rows, as if each were a further item of the graph"
         return self._standard([self._rows((1-new_alpha(a))*x + new_alpha(a)*(weights @ o)) for a, o in zip(SCALES, self.diffused)])
 
-# %% ../../nbs/transductive/13_probe.ipynb #3be836ab
+# %% ../../nbs/transductive/13_probe.ipynb #ab53c848
 def log_mean(
     P:list, # float arrays [n, c]: class probabilities of each classifier
     weights, # one number per classifier
@@ -105,41 +105,32 @@ def left_out(
         found[test] = clone(classifier).fit(x[train], y[train]).predict_proba(x[test])[np.arange(len(test)), y[test]]
     return np.log(.99*found + .01/(y.max()+1)).sum()
 
-# %% ../../nbs/transductive/13_probe.ipynb #931593a3
+# %% ../../nbs/transductive/13_probe.ipynb #09c32840
 def logistic(
-    few:bool=False, # for tables with few columns: several strengths of regularization
+    few:bool=False, # for tables with few columns: two strengths of regularization
 )->list:
     "The default classifiers"
-    return [LogisticRegression(C=C, max_iter=300) for C in ((3, 30, 300) if few else (4,))]
+    return [LogisticRegression(C=C, max_iter=300) for C in ((10, 100) if few else (4,))]
 
 
 class Probe:
     "Classifiers fitted on the labeled rows of diffused features, and combined"
     def __init__(self,
-        spaces:list, # lists of views, one list per similarity, see `DiffusedFeatures`
+        views:list, # features at each scale, see `DiffusedFeatures`
         y, # int [n] class, negative if unlabeled
         classifiers:list, # of scikit-learn, with `predict_proba`
     ):
         labeled = np.flatnonzero(y >= 0)
-        self.n_classes, y, score = int(y.max())+1, y[labeled], []
-        places = [(i, j, o) for i, views in enumerate(spaces) for j in range(len(views)) for o in classifiers]
-        compare = len(spaces)*len(classifiers) > 1
-        self.members = []
-        for i, j, classifier in places if self.n_classes > 1 else []:
-            x = spaces[i][j][labeled]
-            score.append(left_out(classifier, x, y) if compare else 0.)
-            self.members.append((i, j, clone(classifier).fit(x, y)))
+        self.n_classes, y, score, self.members = int(y.max())+1, y[labeled], [], []
+        for j, classifier in [(j, o) for j in range(len(views)) for o in classifiers] if self.n_classes > 1 else []:
+            x = views[j][labeled]
+            score.append(left_out(classifier, x, y) if len(classifiers) > 1 else 0.)
+            self.members.append((j, clone(classifier).fit(x, y)))
         self.weights = np.exp((np.array(score)-max(score, default=0))/len(SCALES))
 
     def __call__(self,
-        spaces:list, # as in `__init__`, for any rows
+        views:list, # as in `__init__`, for any rows
     )->np.ndarray: # float64 [n, c] rows sum to 1
         "Class probabilities"
-        if self.n_classes == 1: return np.ones((len(spaces[0][0]), 1))
-        return log_mean([o.predict_proba(spaces[i][j]) for i, j, o in self.members], self.weights)
-
-    def best_space(self)->int: # the last one if all are equal
-        "Index of the similarity with the largest weight"
-        total = np.zeros(1 + max((i for i, _, _ in self.members), default=0))
-        for (i, _, _), w in zip(self.members, self.weights): total[i] += w
-        return int(len(total)-1-total[::-1].round(9).argmax())
+        if self.n_classes == 1: return np.ones((len(views[0]), 1))
+        return log_mean([o.predict_proba(views[j]) for j, o in self.members], self.weights)
