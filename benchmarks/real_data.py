@@ -82,8 +82,8 @@ def embedded_photos(folder):
 
 
 def texts(folder, how):
-    with gzip.open(folder/'debian_sections.tsv.gz', 'rt') as f:
-        rows = list(csv.DictReader(f, delimiter='\t', quoting=csv.QUOTE_NONE))
+    lines = gzip.decompress((folder/'debian_sections.tsv.gz').read_bytes()).decode().splitlines()
+    rows = list(csv.DictReader(lines, delimiter='\t', quoting=csv.QUOTE_NONE))
     y = np.unique([o['section'] for o in rows], return_inverse=True)[1]
     if how == 'tfidf':
         words = [f"{o['package']} {o['description']}" for o in rows]

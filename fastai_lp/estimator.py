@@ -131,17 +131,21 @@ class LabelDiffusion(ClassifierMixin, BaseEstimator):
         self.affinity, self.max_iter, self.tol, self.seeds = affinity, max_iter, tol, seeds
         self.backend, self.index, self.device = backend, index, device
 
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
-        tags.input_tags.pairwise = tags.input_tags.positive_only = self.affinity == 'precomputed'
-        return tags
+# %% ../nbs/03_estimator.ipynb #1e9d1a67
+@patch
+def __sklearn_tags__(self:LabelDiffusion):
+    tags = super(LabelDiffusion, self).__sklearn_tags__()
+    tags.input_tags.sparse = True
+    tags.input_tags.pairwise = tags.input_tags.positive_only = self.affinity == 'precomputed'
+    return tags
 
-    def _check_X(self, X, **more):
-        if isinstance(X, torch.Tensor): X = (X.float() if X.dtype == torch.bfloat16 else X).detach().cpu().numpy()
-        X = validate_data(self, X, accept_sparse='csr', dtype=[np.float64, np.float32], **more)
-        if sp.issparse(X): X = sp.csr_array(X)
-        return X if self.affinity == 'precomputed' else _within_range(X)
+
+@patch
+def _check_X(self:LabelDiffusion, X, **more):
+    if isinstance(X, torch.Tensor): X = (X.float() if X.dtype == torch.bfloat16 else X).detach().cpu().numpy()
+    X = validate_data(self, X, accept_sparse='csr', dtype=[np.float64, np.float32], **more)
+    if sp.issparse(X): X = sp.csr_array(X)
+    return X if self.affinity == 'precomputed' else _within_range(X)
 
 # %% ../nbs/03_estimator.ipynb #6335ab1c
 class _Space:
@@ -177,7 +181,7 @@ def _sparse_neighbors(self:LabelDiffusion, X, new=None):
     dist, idxs = search.fit(X).kneighbors(new)
     return torch.from_numpy(1-dist).float(), torch.from_numpy(idxs)
 
-
+# %% ../nbs/03_estimator.ipynb #59e0bb1f
 @patch
 def _make_space(self:LabelDiffusion, X):
     kind = self.affinity
@@ -257,7 +261,7 @@ def _weighted(self:LabelDiffusion, P, y=None):
     if self._factor is not None: P = P*self._factor
     return P/P.sum(1, keepdim=True)
 
-
+# %% ../nbs/03_estimator.ipynb #4d82a4dc
 @patch
 def fit(self:LabelDiffusion,
     X, # [n, d] rows, dense or sparse; with affinity='precomputed' [n, n] affinities
@@ -390,7 +394,7 @@ def _graph_tensor(self:LabelDiffusion):
     W = self.affinity_
     return csr(*(torch.from_numpy(o) for o in (W.indptr, W.indices, W.data)), len(self._y)).to(self.device or 'cpu')
 
-
+# %% ../nbs/03_estimator.ipynb #fb98fe09
 @patch
 def _spread(self:LabelDiffusion): return defaults.alpha if self.alpha is None else self.alpha
 

@@ -10,14 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.extmath import randomized_svd
 
 from .diffusion import diffuse
-from .settings import as_rows
 
 # %% ../../nbs/transductive/13_probe.ipynb #527b04ef
 class Reduction(NamedTuple):
@@ -67,8 +65,7 @@ class DiffusedFeatures:
         self.scale = [max(np.sqrt(((o-m)**2).sum(1).mean()), 1e-12) for o, m in zip(views, self.shift)]
         self.views = self._standard(views) # list of float32 arrays [n, d], centered, mean squared norm 1
 
-    def _rows(self, x):
-        return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) if self.unit else x
+    def _rows(self, x): return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) if self.unit else x
 
     def _standard(self, views): return [(o-m)/s for o, m, s in zip(views, self.shift, self.scale)]
 
