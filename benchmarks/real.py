@@ -1,10 +1,10 @@
 """Compares `LabelDiffusion` with scikit-learn's classifiers on photographs, texts, digits and tables: 1, 4, 10 and 25 labels
 per class. Settings were chosen on draws from 100 on, with other photographs.
 
-Each line of results/real.jsonl has the errors of a model on one draw: on the unlabeled training rows ("unlabeled") and on
+Each line of results/real/real.jsonl has the errors of a model on one draw: on the unlabeled training rows ("unlabeled") and on
 new rows ("new"). Peers get what they need most: logistic regression and kNN see the labels only, on rows as they are and
 ℓ2-normalized, with several C and k. `LabelSpreading` has several k. The results page takes the best setting of each peer in
-hindsight. Lines that are in the file are skipped. Data: see real_data.py. Reproduces results/real.jsonl:
+hindsight. Lines that are in the file are skipped. Data: see real_data.py. Reproduces results/real/real.jsonl:
 
     FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/real.py --data photos,sentences,tfidf
     OMP_NUM_THREADS=1 python benchmarks/real.py --data digits,iris,wine,cancer --draws 0-19"""
@@ -63,7 +63,7 @@ def main(
     draws:str='0-4', # range of the draws
     cache:str=None, # folder for the embeddings; the folder of the data if not given
     only:str='', # families, separated by commas; all if empty
-    out:str=str(Path(__file__).parent/'results/real.jsonl'), # file of the results
+    out:str=str(Path(__file__).parent/'results/real/real.jsonl'), # file of the results
 ):
     done = {(o['data'], o['labels'], o['draw'], o['model'], o['setting']) for _, o in read_json_lines(out)} if Path(out).exists() else set()
     first, last = map(int, draws.split('-'))
