@@ -235,11 +235,11 @@ def _smoothed(self:LabelDiffusion, X, y, c):
     W, euclidean = self._graph(space, X), space.kind == 'euclidean'
     S, degree = normalize(W)
     space.degree, space.diffused = degree.cpu().numpy(), DiffusedFeatures(space.features(X), S, not euclidean)
-    self._probe = Probe(space.diffused.views, y.numpy(), logistic(euclidean) if isinstance(self.base, str) else [self.base])
-    self._trust = 0 if euclidean else 4*space.diffused.kept**2
+    space.probe = Probe(space.diffused.views, y.numpy(), logistic(euclidean) if isinstance(self.base, str) else [self.base])
+    space.trust = 0 if euclidean else 4*space.diffused.kept**2
     Q = spread(W, y, c, max_iter=self.max_iter, tol=self.tol, seeds=self.seeds).Z
-    self._Q = _distributions(Q.double().cpu().numpy())
-    P, labeled = self._weighted(log_mean([self._probe(space.diffused.views), self._Q], [1, self._trust]), y), y >= 0
+    space.spread = _distributions(Q.double().cpu().numpy())
+    P, labeled = self._weighted(space, log_mean([space.probe(space.diffused.views), space.spread], [1, space.trust]), y), y >= 0
     empty = torch.from_numpy(np.asarray(abs(X).sum(1)).ravel() == 0) & ~labeled
     P = torch.where(labeled[:, None], F.one_hot(y.clamp(min=0), c), torch.where(empty[:, None], 0, P)).float().to(W.device)
     alpha = self._alpha(space)
@@ -248,17 +248,17 @@ def _smoothed(self:LabelDiffusion, X, y, c):
 
 
 @patch
-def _weighted(self:LabelDiffusion, P, y=None):
+def _weighted(self:LabelDiffusion, space, P, y=None):
     "Apply temperature and class shares; with `y`, find the factors of the shares first"
     P = sharpened(torch.from_numpy(P), self.temperature)
     if y is not None:
-        self._factor = None
+        space.factor = None
         if self.prior is None: return P
         free = y < 0
         Q = balanced(P[free], class_prior(self.prior, y, P.shape[1]))
         ratio = (Q/P[free].clamp(min=1e-300))
-        self._factor = (ratio/ratio.sum(1, keepdim=True)).mean(0)
-    if self._factor is not None: P = P*self._factor
+        space.factor = (ratio/ratio.sum(1, keepdim=True)).mean(0)
+    if space.factor is not None: P = P*space.factor
     return P/P.sum(1, keepdim=True)
 
 # %% ../nbs/03_estimator.ipynb #4d82a4dc
@@ -309,17 +309,19 @@ def _weights(self:LabelDiffusion, space, X):
     sims, idxs = self._neighbors(space, new)
     values = sims.clip(0).astype(np.float64)**self.gamma
     crow = np.arange(0, idxs.size+1, idxs.shape[1])
-    return sp.csr_array((values.ravel(), idxs.ravel(), crow), shape=(len(idxs), space.rows.shape[0])), self._same(space, new, idxs)
+    return sp.csr_array((values.ravel(), idxs.ravel(), crow), shape=(len(idxs), space.rows.shape[0])), self._same(space, new, sims, idxs)
 
 # %% ../nbs/03_estimator.ipynb #3230fa44
 @patch
-def _same(self:LabelDiffusion, space, new, idxs):
+def _same(self:LabelDiffusion, space, new, sims, idxs):
     "The row of `fit` that each new row is equal to but for rounding, or −1"
     res = np.full(len(idxs), -1)
-    for nearest in idxs.T:
-        most = abs(new-space.rows[nearest]).max(axis=1)
-        same = (most.toarray() if sp.issparse(most) else most).ravel() <= 1e-6
-        res[same & (res < 0)] = nearest[same & (res < 0)]
+    for nearest, near in zip(idxs.T, ((sims > 1-1e-5) | (sims == 0)).T):
+        some = np.flatnonzero(near & (res < 0))
+        if not len(some): continue
+        most = abs(new[some]-space.rows[nearest[some]]).max(axis=1)
+        some = some[(most.toarray() if sp.issparse(most) else most).ravel() <= 1e-6]
+        res[some] = nearest[some]
     return res
 
 
@@ -330,7 +332,7 @@ def _normalized(self:LabelDiffusion, space, weights):
     scale = np.sqrt(2/np.where(own > 0, own, 1))
     return sp.diags_array(scale) @ weights @ sp.diags_array(np.where(space.degree > 0, 1/np.sqrt(np.maximum(space.degree, 1e-30)), 0))
 
-
+# %% ../nbs/03_estimator.ipynb #fc91dd4c
 @patch
 def _scores(self:LabelDiffusion, X):
     "Scores of new rows, [m, c]"
@@ -338,15 +340,15 @@ def _scores(self:LabelDiffusion, X):
     check(self._constraints, k=self.k, gamma=self.gamma)  # `set_params` may have changed them since `fit`
     X = self._check_X(X, reset=False)
     dist = np.where(self.reached_[:, None], self.label_distributions_, 0)
-    if self._space.kind == 'precomputed': return np.asarray(sp.csr_array(X) @ dist)
-    if sp.issparse(X) != self._space.sparse: X = sp.csr_array(X) if self._space.sparse else X.toarray()
-    weights, same = self._weights(self._space, X)
+    if (space := self._space).kind == 'precomputed': return np.asarray(sp.csr_array(X) @ dist)
+    if sp.issparse(X) != space.sparse: X = sp.csr_array(X) if space.sparse else X.toarray()
+    weights, same = self._weights(space, X)
     res = weights @ dist
-    if self._probes():
-        alpha, links = new_alpha(self._alpha(self._space)), self._normalized(self._space, weights)
-        views = self._space.diffused.of_new(self._space.features(X), links.astype(np.float32))
-        P = log_mean([self._probe(views), _distributions(weights @ self._Q)], [1, self._trust])
-        P = self._weighted(P).numpy()
+    if hasattr(space, 'probe'):
+        alpha, links = new_alpha(self._alpha(space)), self._normalized(space, weights)
+        views = space.diffused.of_new(space.features(X), links.astype(np.float32))
+        P = log_mean([space.probe(views), _distributions(weights @ space.spread)], [1, space.trust])
+        P = self._weighted(space, P).numpy()
         res = (1-alpha)*P + alpha*(links @ self._Z.clip(0))
         res[np.asarray(abs(X).sum(1)).ravel() == 0] = 0
     given = np.where(self._y.numpy()[:, None] >= 0, np.eye(len(self.classes_))[self._y.numpy()], dist)

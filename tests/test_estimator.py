@@ -384,3 +384,10 @@ def test_a_single_class():
     model = LabelDiffusion().fit(blobs_x, np.where(np.arange(400) < 3, 'a', ''))
     assert set(model.transduction_) == {'a'}
     assert set(model.predict(blobs_x[:5] + 1)) == {'a'}
+
+
+def test_a_fit_that_fails_leaves_the_model_as_it_was():
+    model = LabelDiffusion().fit(blobs_x, blobs_shown())
+    before = model.predict_proba(blobs_x + .1)
+    with pytest.raises(ValueError, match='prior must have one number'): model.set_params(prior=[1., 2.]).fit(blobs_x, blobs_shown(5))
+    np.testing.assert_array_equal(model.set_params(prior=None).predict_proba(blobs_x + .1), before)

@@ -75,7 +75,7 @@ def known_labels(
     labels = np.asarray(y[known])
     filled = ~_marked(labels, minus_one)
     if minus_one is None and not known.all() and any(not isinstance(o, str) for o in labels[~filled]) and _numbers(labels[filled]):
-        warnings.warn("y has both −1 and other missing labels, and all are taken as missing: if −1 is a class, convert the classes to str.")
+        warnings.warn("y has both −1 and other missing labels, and all are taken as missing: if −1 is a class, convert them to str.")
     known[known], labels = filled, labels[filled]
     if labels.dtype.kind != 'O': return labels, known
     check_types(labels)
