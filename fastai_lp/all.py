@@ -19,6 +19,7 @@ from fastai_lp.transductive.advice import peak_memory
 from fastai_lp.transductive.balance import class_prior
 from fastai_lp.transductive.curation import label_issues, suggest
 from fastai_lp.transductive.diffusion import diffuse
+from fastai_lp.transductive.ensemble import Ensemble
 from fastai_lp.transductive.graph import affinity, normalize
 from fastai_lp.transductive.labelers import GTG, Diffusion, NetworkPrediction
 from fastai_lp.transductive.neighbors import default_k, knn, knn_recall
@@ -28,8 +29,8 @@ from fastai_lp.transductive.scoring import certainty, class_weights
 
 __all__ = [
     # in a Learner
-    'LPCallback', 'Extractor', 'Diffusion', 'NetworkPrediction', 'GTG', 'MeanTeacherCallback', 'teacher_in_place', 'FixMatchCallback',
-    'ResumeCallback', 'LPRecord', 'PseudoLabelLoss', 'L2Linear', 'Thumbnail', 'add_l2norm', 'find_feature_layer',
+    'LPCallback', 'Extractor', 'Diffusion', 'NetworkPrediction', 'GTG', 'Ensemble', 'MeanTeacherCallback', 'teacher_in_place',
+    'FixMatchCallback', 'ResumeCallback', 'LPRecord', 'PseudoLabelLoss', 'L2Linear', 'Thumbnail', 'add_l2norm', 'find_feature_layer',
     # data
     'SemiCategorize', 'SemiCategoryBlock', 'SemiImageDataLoaders', 'TwoStream', 'semi_dls', 'two_stream', 'hide_labels',
     'LabeledOnlySplitter', 'is_unlabeled', 'strong_tfms', 'RandomAffine', 'Cutout', 'OnUnlabeled', 'StreamMixUp',

@@ -27,7 +27,8 @@ from .transductive.neighbors import default_k, knn
 from .transductive.balance import balanced, class_prior, sharpened
 from .transductive.graph import affinity, csr, normalize
 from .transductive.diffusion import diffuse
-from .transductive.probe import DiffusedFeatures, Probe, log_mean, logistic, new_alpha, reduction
+from .transductive.probe import (DiffusedFeatures, clamped, combined, distributions, log_mean, logistic, new_alpha,
+    reduction, trust_in_diffusion)
 from .transductive.propagate import spread
 from .transductive.scoring import from_scores
 from .transductive.curation import label_issues, suggest
@@ -205,14 +206,6 @@ def _graph(self:LabelDiffusion, space, X):
     return affinity(*knn(x, self.k, self.backend, self.index), self.gamma)
 
 # %% ../nbs/03_estimator.ipynb #54c48f48
-def _distributions(Z):
-    "Rows scaled to sum to 1; rows without mass become uniform"
-    Z = Z.clip(0)
-    peak = Z.max(1, keepdims=True)
-    Z = np.where(peak > 0, Z/np.where(peak > 0, peak, 1), 1)
-    return Z/Z.sum(1, keepdims=True)
-
-
 @patch
 def _diffusion(self:LabelDiffusion, X, y, c):
     "The paper's step: (space, graph, pseudo-labels)"
@@ -235,13 +228,12 @@ def _smoothed(self:LabelDiffusion, X, y, c):
     W, euclidean = self._graph(space, X), space.kind == 'euclidean'
     S, degree = normalize(W)
     space.degree, space.diffused = degree.cpu().numpy(), DiffusedFeatures(space.features(X), S, not euclidean)
-    space.probe = Probe(space.diffused.views, y.numpy(), logistic(euclidean) if isinstance(self.base, str) else [self.base])
-    space.trust = 0 if euclidean else 4*space.diffused.kept**2
-    Q = spread(W, y, c, max_iter=self.max_iter, tol=self.tol, seeds=self.seeds).Z
-    space.spread = _distributions(Q.double().cpu().numpy())
-    P, labeled = self._weighted(space, log_mean([space.probe(space.diffused.views), space.spread], [1, space.trust]), y), y >= 0
-    empty = torch.from_numpy(np.asarray(abs(X).sum(1)).ravel() == 0) & ~labeled
-    P = torch.where(labeled[:, None], F.one_hot(y.clamp(min=0), c), torch.where(empty[:, None], 0, P)).float().to(W.device)
+    space.trust = 0 if euclidean else trust_in_diffusion(space.diffused.kept)
+    classifiers = logistic(euclidean) if isinstance(self.base, str) else [self.base]
+    solver = dict(max_iter=self.max_iter, tol=self.tol, seeds=self.seeds)
+    space.probe, space.spread, P = combined(space.diffused, W, y, classifiers, space.trust, **solver)
+    P = np.where(np.asarray(abs(X).sum(1)).reshape(-1, 1) == 0, 0, self._weighted(space, P, y))  # nothing is known of an empty row
+    P = clamped(P, y).to(W.device)
     alpha = self._alpha(space)
     Z, n_iter, residual = diffuse(S, P*(1-alpha), alpha, self.max_iter, self.tol)
     return space, W, from_scores(Z, y.to(W.device), W=W, n_iter=n_iter, residual=residual.max().item())
@@ -278,7 +270,7 @@ def fit(self:LabelDiffusion,
     self.affinity_ = sp.csr_array(tuple(o.cpu().numpy() for o in parts), shape=W.shape)
     self.transduction_ = decode_labels(pseudo.labels.numpy(), self.classes_)
     self._Z = pseudo.Z.double().numpy()
-    self.label_distributions_ = _distributions(self._Z)
+    self.label_distributions_ = distributions(self._Z)
     self.certainty_, self.reached_ = pseudo.certainty.numpy(), pseudo.reached.numpy()
     self.n_iter_, self.residual_ = pseudo.n_iter, pseudo.residual
     return self
@@ -347,7 +339,7 @@ def _scores(self:LabelDiffusion, X):
     if hasattr(space, 'probe'):
         alpha, links = new_alpha(self._alpha(space)), self._normalized(space, weights)
         views = space.diffused.of_new(space.features(X), links.astype(np.float32))
-        P = log_mean([space.probe(views), _distributions(weights @ space.spread)], [1, space.trust])
+        P = log_mean([space.probe(views), distributions(weights @ space.spread)], [1, space.trust])
         P = self._weighted(space, P).numpy()
         res = (1-alpha)*P + alpha*(links @ self._Z.clip(0))
         res[np.asarray(abs(X).sum(1)).ravel() == 0] = 0
@@ -361,7 +353,7 @@ def predict_proba(self:LabelDiffusion,
     X, # [m, d] rows, dense or sparse; with affinity='precomputed' [m, n] affinities to the rows of `fit`
 )->np.ndarray: # float64 [m, c], rows sum to 1; uniform if no neighbor was reached by a label
     "Class distributions of new rows"
-    return _distributions(self._scores(X))
+    return distributions(self._scores(X))
 
 
 @patch

@@ -16,11 +16,12 @@ from fastai_lp.learner.layers import Thumbnail
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.mixing import StreamMixUp
 from fastai_lp.learner.resume import ResumeCallback
+from fastai_lp.transductive.ensemble import Ensemble
 from fastai_lp.transductive.labelers import Diffusion, NetworkPrediction
 
 OPTIONS = dict(tfms=lambda: dict(unlabeled_tfms=Mark()), mixup=lambda: dict(mixup=.4), sharp=lambda: dict(temperature=.5),
     balance=lambda: dict(balance='sinkhorn', prior='uniform'), augment=lambda: dict(features=Extractor(augment=True)),
-    backbone=lambda: dict(features=Extractor(backbone=nn.Identity())),
+    ensemble=lambda: dict(labeler=Ensemble()), backbone=lambda: dict(features=Extractor(backbone=nn.Identity())),
     joined=lambda: dict(features=Extractor(backbone=nn.Identity(), weight=1.)))
 SAME_HERE = 'sharp', 'augment'  # temperature alone changes no label, and these data have no augmentation
 

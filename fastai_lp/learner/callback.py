@@ -21,6 +21,7 @@ from fastai.torch_core import progress_bar
 from ..utils.distributed import from_first, level, mean_of, share_batches, unwrapped, work_shared
 from ..utils.progress import reporting
 from ..transductive.advice import advice, memory_advice
+from ..transductive.ensemble import Ensemble
 from ..transductive.labelers import Diffusion
 from ..transductive.pseudo import PseudoLabels
 from ..transductive.settings import Constraint, check, check_labels, integer, number
@@ -222,6 +223,13 @@ def _still_valid(self:LPCallback):
     p, y = self.record.pseudo, self._fit.y
     return p is not None and self._data is self._fit.dl.dataset and torch.equal(torch.where(p.labeled, p.labels, -1), y)
 
+
+@patch
+def _last(self:LPCallback):
+    "The last pseudo-labels, if they have a view that can be used again"
+    p = self.record.pseudo
+    return p if p is not None and p.fixed is not None and self._still_valid() else None
+
 # %% ../../nbs/learner/13_callback.ipynb #cbfa49c4
 @patch
 def before_train(self:LPCallback):
@@ -240,9 +248,9 @@ def _update(self:LPCallback):
     fit, start = self._fit, time.perf_counter()
     if fit.world > 1: level(*unwrapped(self.learn.model).buffers())  # BatchNorm statistics differ between processes
     with work_shared(fit.rank, fit.world):
-        found = self._extract()
+        found, other = self._extract()
         extracted = time.perf_counter()
-        pseudo = self._label(found)
+        pseudo = self._label(found, other)
     self._record(found, pseudo, start, extracted)
     self._advise(pseudo)
 
@@ -268,19 +276,23 @@ def _bar(self:LPCallback):
 # %% ../../nbs/learner/13_callback.ipynb #38aec0a8
 @patch
 def _extract(self:LPCallback):
-    found, c = self.features(self.learn, progress=self.epoch/self.n_epoch, **self._bar()), self.dls.c
+    also, c = getattr(self.labeler, 'backbone', None) if self._last() is None else None, self.dls.c
+    found = self.features(self.learn, progress=self.epoch/self.n_epoch, also=also, **self._bar())
+    found, other = (found, None) if also is None else found
     if found.logits.shape[1] != c:
         raise ValueError(f"the model has {found.logits.shape[1]} outputs for {c} classes: expected one output per class")
-    return found
+    return found, other
 
 
 @patch
-def _label(self:LPCallback, found):
+def _label(self:LPCallback, found, other):
     fit = self._fit
     with _bars(**self._bar()), memory_advice(*found.feats.shape, self.dls.c, self.labeler):
-        pseudo = self.labeler(found.feats, found.logits, fit.y)
+        more = dict(last=self._last(), other=other) if isinstance(self.labeler, Ensemble) else {}
+        pseudo = self.labeler(found.feats, found.logits, fit.y, **more)
     if fit.world == 1: return pseudo
-    return replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k != 'W'})  # W is made of gathered neighbors
+    same = {'W', 'fixed'} if more.get('last') else {'W'}  # W is made of gathered neighbors
+    return replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k not in same})
 
 # %% ../../nbs/learner/13_callback.ipynb #48410c0a
 @patch

@@ -87,13 +87,13 @@ def _same_random_state():
 
 
 @contextmanager
-def _no_trace(dl, model, backbone, augment):
+def _no_trace(dl, model, others, augment):
     "Evaluation mode, no augmentation unless asked for; afterwards everything as before"
     with ExitStack() as stack:
         stack.enter_context(_same_random_state())
         stack.enter_context(_same_transforms(dl))
         if hasattr(dl.dataset, 'set_split_idx') and not augment: stack.enter_context(dl.dataset.set_split_idx(1))
-        stack.enter_context(_same_modes(model, backbone))
+        stack.enter_context(_same_modes(model, *others))
         yield
 
 # %% ../../nbs/learner/08_features.ipynb #0912a6f8
@@ -169,7 +169,8 @@ def __call__(self:Extractor,
     progress:float=0., # share of the fit that is done, in [0, 1]: the weight of a joined backbone falls with it
     parent=None, # master progress bar to show progress under
     show:bool=False, # show a progress bar
-)->Features:
+    also:nn.Module=None, # another network: return its features too
+)->Features: # with `also`: (Features, float32 [n, e], ℓ2-normalized)
     """Extract the features and logits of every item of a DataLoader.
 
     Raises `ValueError` if features or logits are not finite, items cannot be read (they are named), or the DataLoader does not yield
@@ -179,25 +180,26 @@ def __call__(self:Extractor,
     model = unwrapped(learn.model)  # the forward pass of a wrapper may wait for processes that are not extracting
     weight = self.weight if self.weight is None else self.weight*(1-progress)
     backbone = None if weight == 0 else self.backbone
-    with torch.no_grad(), _no_trace(dl, model, backbone, self.augment):
+    with torch.no_grad(), _no_trace(dl, model, (backbone, also), self.augment):
         where = find_feature_layer(model, learn.dls.c, self.layer) if backbone is None or weight else (backbone, False)
         dl = dl.new(shuffle=False, drop_last=False)
         idxs = list(dl.get_idxs())
         own = idxs[slice(*share_of(len(idxs)))]
         dl.get_idxs, dl.n = lambda: own, len(own)
         bar = progress_bar(range(len(dl)), parent=parent, leave=False) if show else None
-        done, rows = self._extract(learn, model, dl, own, where, backbone, weight, bar)
+        done, rows = self._extract(learn, model, dl, own, where, backbone, weight, also, bar)
     done = gathered(torch.tensor([done]))[0].sum().item()  # gather before checking: all processes must raise the same error
-    found = Features(*gathered(*rows))
+    rows = gathered(*rows)
     _check_complete(done, idxs, len(dl.dataset))
-    if idxs != sorted(idxs): found = Features(*(o[torch.tensor(idxs).argsort()] for o in found))
+    if idxs != sorted(idxs): rows = [o[torch.tensor(idxs).argsort()] for o in rows]
+    found = Features(*rows[:2])
     _check_finite(found)
-    return found
+    return found if also is None else (found, rows[2])
 
 # %% ../../nbs/learner/08_features.ipynb #964dee7d
 @patch
-def _extract(self:Extractor, learn, model, dl, own, where, backbone, weight, bar):
-    "The number of items extracted, and (features, logits) of the items `own`"
+def _extract(self:Extractor, learn, model, dl, own, where, backbone, weight, also, bar):
+    "The number of items extracted, and the features and logits of the items `own`"
     done, rows = 0, None
     if bar is not None: bar.comment = 'features'
     with _captured(*where) as seen:
@@ -208,9 +210,10 @@ def _extract(self:Extractor, learn, model, dl, own, where, backbone, weight, bar
             other = None if backbone is None else backbone.to(logits.device)(*inputs)
             v = F.normalize(_pooled(seen[0]))
             if backbone is not None and weight: v = F.normalize(torch.cat([v, weight*F.normalize(_pooled(other))], 1))
-            if rows is None: rows = [_empty_rows(len(own), o, self.max_bytes) for o in (v, logits)]
+            found = [v, logits] + ([] if also is None else [F.normalize(_pooled(also.to(logits.device)(*inputs)))])
+            if rows is None: rows = [_empty_rows(len(own), o, self.max_bytes) for o in found]
             done += len(v)
             if done > len(own): break
-            for row, o in zip(rows, (v, logits)): row[done-len(v):done] = o
+            for row, o in zip(rows, found): row[done-len(v):done] = o
         if bar is not None: bar.update(len(dl))
     return done, rows
