@@ -17,7 +17,7 @@ from fastai_lp.learner.splitting import LabeledOnlySplitter, hide_labels
 from fastai_lp.learner.streams import TwoStream, semi_dls, two_stream
 from fastai_lp.transductive.advice import peak_memory
 from fastai_lp.transductive.balance import class_prior
-from fastai_lp.transductive.curation import label_issues, suggest
+from fastai_lp.transductive.curation import familiarity, label_issues, suggest
 from fastai_lp.transductive.diffusion import diffuse
 from fastai_lp.transductive.ensemble import Ensemble
 from fastai_lp.transductive.graph import affinity, normalize
@@ -35,7 +35,7 @@ __all__ = [
     'SemiCategorize', 'SemiCategoryBlock', 'SemiImageDataLoaders', 'TwoStream', 'semi_dls', 'two_stream', 'hide_labels',
     'LabeledOnlySplitter', 'is_unlabeled', 'strong_tfms', 'RandomAffine', 'Cutout', 'OnUnlabeled', 'StreamMixUp',
     # after a fit, or without a network
-    'LPInterpretation', 'suggest', 'label_issues', 'LabelDiffusion',
+    'LPInterpretation', 'suggest', 'label_issues', 'familiarity', 'LabelDiffusion',
     # the transductive step
     'propagate', 'PseudoLabels', 'knn', 'knn_recall', 'default_k', 'affinity', 'normalize', 'diffuse', 'spread', 'seed_matrix',
     'certainty', 'class_weights', 'class_prior', 'peak_memory']

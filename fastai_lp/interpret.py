@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 from .utils.files import atomic_write, read_json_lines, read_npz
 from .transductive.pseudo import PseudoLabels
-from .transductive.curation import label_issues, suggest
+from .transductive.curation import familiarity, label_issues, suggest
 from .transductive.settings import check, integer
 from .learner.record import encode_truth, item_names, without_root
 from .plots import image_grid, plot_accuracy, plot_certainty, plot_confusion_matrix
@@ -237,6 +237,19 @@ def label_issues(self:LPInterpretation,
     idxs, suggested, doubt = label_issues(self._graph(), given, len(self.vocab), **kwargs)
     df = pd.DataFrame(dict(item=self.items[idxs.numpy()], given=self._names(given[idxs])), index=idxs.numpy())
     return df.assign(suggested=self._names(suggested), doubt=doubt.numpy())
+
+# %% ../nbs/02_interpret.ipynb #86c73eb4
+@patch
+def suspected_junk(self:LPInterpretation,
+    m:int=20, # number of items
+    **kwargs # see `curation.familiarity`
+)->pd.DataFrame:
+    "Unlabeled items that may belong to no class, most suspicious first: item, label, certainty, familiarity"
+    check(dict(m=integer(1)), m=m)
+    free = (~self.pseudo.labeled).nonzero().flatten()
+    found = familiarity(self._graph(), self.pseudo.labeled, **kwargs)[free]
+    order = found.argsort(stable=True)[:m]
+    return self.to_df().loc[free[order].numpy(), ['item', 'label', 'certainty']].assign(familiarity=found[order].numpy())
 
 # %% ../nbs/02_interpret.ipynb #63e2ae59
 def _plain(names):

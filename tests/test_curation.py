@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from fastai_lp.learner.splitting import hide_labels
-from fastai_lp.transductive.curation import label_issues, suggest
+from fastai_lp.transductive.curation import familiarity, label_issues, suggest
 from fastai_lp.transductive.graph import affinity, normalize
 from fastai_lp.transductive.neighbors import knn
 from fastai_lp.transductive.propagate import propagate, spread
@@ -133,3 +133,35 @@ def test_labeled_and_certainty_may_be_arrays():
     found = suggest(W, labeled, omega, 5)
     for other in (suggest(W, labeled.numpy(), omega.numpy(), 5), suggest(W, labeled.tolist(), omega.tolist(), 5)):
         assert torch.equal(found.items, other.items)
+
+
+# Items of no class
+
+@pytest.mark.parametrize('alpha', [.5, .99])
+def test_familiarity_counts_visits(alpha):
+    "The walk, step by step: visits to labeled items, weighted by one over the square root of their degree"
+    W, labeled = small(), torch.arange(40) < 6
+    A = W.to_dense().double()
+    degree = A.sum(1)
+    P, visits, at = A/degree[:, None], torch.zeros(40).double(), torch.eye(40).double()
+    for _ in range(3000):
+        visits += at[:, labeled] @ degree[labeled].rsqrt()
+        at = alpha*at @ P
+    found = familiarity(W, labeled, alpha, max_iter=500, tol=1e-7).double()
+    torch.testing.assert_close(found, visits/visits[~labeled].mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_familiarity_of_unreachable_items():
+    x = torch.cat([F.normalize(torch.rand(60, 5)), torch.zeros(3, 5)])  # the last three have no neighbors
+    W = affinity(*knn(x, 6))
+    f = familiarity(W, torch.arange(63) < 5)
+    assert (f[60:] == 0).all()
+    assert (f[5:60] > 0).all()
+    assert (familiarity(W, torch.arange(63) >= 60)[:60] == 0).all()  # only labels that reach nobody
+
+
+def test_familiarity_of_bad_arguments():
+    W = small()
+    with pytest.raises(ValueError, match='one boolean per item, got torch.int64'): familiarity(W, torch.zeros(40).long())
+    with pytest.raises(ValueError, match='one boolean per item'): familiarity(W, torch.ones(39, dtype=torch.bool))
+    with pytest.raises(ValueError, match='sparse CSR'): familiarity(None, torch.ones(40, dtype=torch.bool))

@@ -40,7 +40,8 @@ from fastai_lp.learner.splitting import LabeledOnlySplitter
 from fastai_lp.learner.streams import semi_dls
 from fastai_lp.plots import image_grid, plot_confusion_matrix
 from fastai_lp.transductive.advice import advice
-from fastai_lp.transductive.curation import label_issues, suggest
+from fastai_lp.transductive.curation import familiarity, label_issues, suggest
+from fastai_lp.transductive.ensemble import Ensemble
 from fastai_lp.transductive.labelers import NetworkPrediction
 from fastai_lp.transductive.pseudo import PseudoLabels
 from fastai_lp.transductive.propagate import propagate
@@ -85,6 +86,23 @@ def test_suggestions_and_issues_are_those_of_curation():
     assert issues.index[0] == 4
     assert issues.suggested.iloc[0] == data.truth[4]
 
+
+def test_suspected_junk_is_the_least_familiar():
+    learn, _ = fitted()
+    interp, p = LPInterpretation.from_learner(learn), learn.lp_record.pseudo
+    f = familiarity(p.W, p.labeled)
+    df = interp.suspected_junk(7)
+    assert not p.labeled[df.index.to_numpy()].any()
+    assert df.familiarity.tolist() == f[~p.labeled].sort().values[:7].tolist()
+    assert len(interp.suspected_junk(10**6)) == (~p.labeled).sum()
+    with pytest.raises(ValueError, match='m must be an integer of at least 1, got 0'): interp.suspected_junk(0)
+
+
+def test_pseudo_labels_of_an_ensemble_can_be_saved(tmp_path):
+    interp = LPInterpretation.from_learner(fitted(labeler=Ensemble())[0])
+    back = LPInterpretation.load(interp.save(tmp_path/'a.npz'))
+    pd.testing.assert_frame_equal(back.to_df(), interp.to_df())
+    assert back.history == interp.history
 
 def test_errors_have_names_and_the_most_certain_come_first():
     p = fitted()[0].lp_record.pseudo
@@ -149,7 +167,7 @@ def test_errors_say_what_is_missing():
         with pytest.raises(ValueError, match='pass truth='): call()
     assert LPInterpretation.from_learner(learn, truth=data.truth[:data.n_train]).errors() is not None
     without_graph = LPInterpretation.from_learner(fitted(labeler=NetworkPrediction())[0])
-    for call in (without_graph.suggest, without_graph.label_issues):
+    for call in (without_graph.suggest, without_graph.label_issues, without_graph.suspected_junk):
         with pytest.raises(ValueError, match='have no graph'): call()
 
 
