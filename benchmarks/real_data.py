@@ -75,8 +75,8 @@ def embed(model, images):
     return torch.cat(res).numpy()
 
 
-def embedded_photos(folder):
-    x, y, new_x, new_y = photos(folder, 96, 5000, 2000, seed=10)
+def embedded_photos(folder, seed):
+    x, y, new_x, new_y = photos(folder, 96, 5000, 2000, seed)
     model = lite0()
     return Rows(embed(model, x), y, embed(model, new_x), new_y)
 
@@ -95,9 +95,9 @@ def texts(folder, how):
     return split(model.encode([o['description'] for o in rows], batch_size=64), y, .2)
 
 
-def make(name, folder):
+def make(name, folder, seed):
     if name == 'digits': return split(*load_digits(return_X_y=True), .25)
-    if name == 'photos': return embedded_photos(folder)
+    if name == 'photos': return embedded_photos(folder, seed)
     if name in ('tfidf', 'sentences'): return texts(folder, name)
     x, y = TABLES[name](return_X_y=True)
     return split(StandardScaler().fit_transform(x), y, 0)
@@ -106,12 +106,13 @@ def make(name, folder):
 def rows(
     name:str, # one of `DATA`
     cache=None, # folder in which embeddings are kept; None: in FASTAI_LP_DATA
+    seed:int=10, # of the choice of photographs; another for tuning
 )->Rows:
     "A data set; embeddings are made once"
     folder = Path(os.environ.get('FASTAI_LP_DATA', '.'))
-    if name not in ('photos', 'sentences'): return make(name, folder)
-    file = Path(cache or folder)/f'real_{name}.npz'
-    if not file.exists(): np.savez(file, **make(name, folder)._asdict())
+    if name not in ('photos', 'sentences'): return make(name, folder, seed)
+    file = Path(cache or folder)/f"real_{name}{'' if seed == 10 else f'_{seed}'}.npz"
+    if not file.exists(): np.savez(file, **make(name, folder, seed)._asdict())
     with np.load(file) as f: return Rows(**f)
 
 
