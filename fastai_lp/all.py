@@ -7,7 +7,7 @@ from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock, is_unlabel
 from fastai_lp.learner.features import Extractor
 from fastai_lp.learner.fixmatch import FixMatchCallback
 from fastai_lp.learner.images import SemiImageDataLoaders
-from fastai_lp.learner.layers import L2Linear, Thumbnail, add_l2norm, find_feature_layer
+from fastai_lp.learner.layers import L2Linear, RawInput, Thumbnail, add_l2norm, find_feature_layer
 from fastai_lp.learner.losses import PseudoLabelLoss
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback, teacher_in_place
 from fastai_lp.learner.mixing import StreamMixUp
@@ -30,7 +30,8 @@ from fastai_lp.transductive.scoring import certainty, class_weights
 __all__ = [
     # in a Learner
     'LPCallback', 'Extractor', 'Diffusion', 'NetworkPrediction', 'GTG', 'Ensemble', 'MeanTeacherCallback', 'teacher_in_place',
-    'FixMatchCallback', 'ResumeCallback', 'LPRecord', 'PseudoLabelLoss', 'L2Linear', 'Thumbnail', 'add_l2norm', 'find_feature_layer',
+    'FixMatchCallback', 'ResumeCallback', 'LPRecord', 'PseudoLabelLoss', 'L2Linear', 'RawInput', 'Thumbnail', 'add_l2norm',
+    'find_feature_layer',
     # data
     'SemiCategorize', 'SemiCategoryBlock', 'SemiImageDataLoaders', 'TwoStream', 'semi_dls', 'two_stream', 'hide_labels',
     'LabeledOnlySplitter', 'is_unlabeled', 'strong_tfms', 'RandomAffine', 'Cutout', 'OnUnlabeled', 'StreamMixUp',

@@ -10,7 +10,7 @@ from conftest import blob_learner, blobs
 from fastai_lp.estimator import LabelDiffusion
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.features import Extractor
-from fastai_lp.learner.layers import Thumbnail
+from fastai_lp.learner.layers import RawInput, Thumbnail
 from fastai_lp.transductive.diffusion import diffuse
 from fastai_lp.transductive.ensemble import Ensemble, fixed_view, kept_variance
 from fastai_lp.transductive.graph import affinity, normalize
@@ -107,13 +107,13 @@ def test_the_formula():
     x, _, y = clusters(spread=3.)
     logits = 3*torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
     labeler = Ensemble(balance=None, k=8, trust=2., omega_norm=None)
-    first = labeler(x, logits, y)
-    p = labeler(x, logits, y, first)
-    P = (first.fixed['P'].double()+1e-6).sqrt()*(logits.double().softmax(1)+1e-6).sqrt()
+    view = labeler.look(x, logits, y)
+    p = labeler(x, logits, y, view)
+    P = (view['P'].double()+1e-6).sqrt()*(logits.double().softmax(1)+1e-6).sqrt()
     P = P**(1/.3)
     P = P/P.sum(1, keepdim=True)
     P[y >= 0] = F.one_hot(y[y >= 0], 4).double()
-    joint = F.normalize(torch.cat([first.fixed['feats'], F.normalize(x)], 1))
+    joint = F.normalize(torch.cat([view['feats'], F.normalize(x)], 1))
     S = normalize(affinity(*knn(joint, 8)))[0]
     Z = diffuse(S, P.float(), .9).Z.double()
     Z = Z/Z.sum(1, keepdim=True)
@@ -125,13 +125,13 @@ def test_the_formula():
     assert torch.equal(p.labels[y >= 0], y[y >= 0])
 
 
-def test_the_network_counts_from_the_second_update_on():
+def test_the_network_counts_once_it_is_trained():
     x, _, y = clusters(spread=3.)
     labeler = Ensemble()
     def logits(seed): return 3*torch.randn(400, 4, generator=torch.Generator().manual_seed(seed))
-    first = labeler(x, logits(0), y)
-    assert torch.equal(first.Z, labeler(x, logits(1), y).Z)
-    assert not torch.equal(labeler(x, logits(0), y, first).Z, labeler(x, logits(1), y, first).Z)
+    view = labeler.look(x, logits(0), y)
+    assert torch.equal(labeler(x, logits(0), y).Z, labeler(x, logits(1), y, view, network=False).Z)
+    assert not torch.equal(labeler(x, logits(0), y, view).Z, labeler(x, logits(1), y, view).Z)
 
 
 def test_kept_variance():
@@ -170,9 +170,8 @@ def test_features_without_information(rows):
 
 
 def test_empty_backbone():
-    "`Thumbnail(strict=False)` has no features for inputs that are not images"
     x, _, y = clusters()
-    assert torch.equal(Ensemble()(x, logits_of(y), y, other=x[:, :0]).Z, Ensemble()(x, logits_of(y), y).Z)
+    assert Ensemble().look(x, logits_of(y), y, other=x[:, :0])['name'] == 'network'
 
 
 def test_one_class():
@@ -184,35 +183,52 @@ def test_one_class():
 # In a Learner
 
 class Views(Callback):
-    "Keeps the view of each update"
-    def __init__(self): self.seen = []
-    def after_train(self): self.seen.append(self.learn.lp_record.pseudo.fixed)
+    "Keeps the view of each epoch"
+    def __init__(self, cb): self.lp, self.seen = cb, []
+    def after_train(self): self.seen.append(self.lp._view[-1])
 
 
 def test_the_view_is_made_once_per_data_and_labels():
-    learn, cb, views = blob_learner(), LPCallback(Ensemble()), Views()
+    learn, cb = blob_learner(), LPCallback(Ensemble())
+    views = Views(cb)
     learn.fit(2, cbs=[cb, views])
     learn.fit(1, cbs=[cb, views])
     assert all(o is views.seen[0] for o in views.seen)
-    data = blob_learner(blobs(seed=1))
-    learn.dls = data.dls
+    learn.dls = blob_learner(blobs(seed=1)).dls
     learn.fit(1, cbs=[cb, views])
     assert views.seen[-1] is not views.seen[0]
 
 
-def test_the_view_is_the_features_before_training():
-    learn, views = blob_learner(), Views()
+@pytest.mark.parametrize('warmup', [0, 2])
+def test_the_view_is_the_features_before_training(warmup):
+    learn, cb = blob_learner(), LPCallback(Ensemble(), warmup=warmup)
     y = torch.where(torch.arange(120) < 9, blobs().truth[:120], -1)
-    expected = fixed_view(View(Extractor()(learn).feats), y)
-    learn.fit(2, 1e-1, cbs=[LPCallback(Ensemble()), views])
-    torch.testing.assert_close(views.seen[-1]['P'], expected['P'])
+    expected = fixed_view(dict(network=View(Extractor()(learn).feats)), y)
+    learn.fit(warmup+1, 1e-1, cbs=cb)
+    torch.testing.assert_close(cb._view[-1]['P'], expected['P'])
+    assert cb._view[-1]['name'] == 'network'
+    assert len(cb.record.history) == 1
+
+
+def test_a_network_that_knows_the_labels_is_not_asked():
+    "Its left-out labels are in its features"
+    x, _, y = clusters(spread=3., per_class=3)
+    known = F.one_hot(y.clamp(min=0), 4).float()*(y >= 0)[:, None] + .1*torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    logits = torch.where((y >= 0)[:, None], 9*known, 0.)
+    assert Ensemble().look(known, logits_of(y), y, other=x)['name'] == 'network'
+    assert Ensemble().look(known, logits, y, other=x)['name'] == 'backbone'
 
 
 def test_backbone_is_extracted_in_the_same_pass():
     learn, net = blob_learner(), nn.Linear(8, 5)
     found, other = Extractor()(learn, also=net)
-    plain = Extractor()(learn)
-    assert torch.equal(found.feats, plain.feats)
+    assert torch.equal(found.feats, Extractor()(learn).feats)
     torch.testing.assert_close(other, Extractor(backbone=net)(learn).feats)
-    learn.fit(1, cbs=LPCallback(Ensemble(backbone=Thumbnail(strict=False))))
-    torch.testing.assert_close(learn.lp_record.pseudo.fixed['P'].sum(1), torch.ones(120))
+
+
+def test_raw_inputs():
+    x = torch.randn(2, 3, 16, 8)
+    assert torch.equal(RawInput()(x), Thumbnail()(x))
+    assert torch.equal(RawInput()(x[:, 0, 0]), x[:, 0, 0])
+    assert RawInput()(x[:, 0, 0], x[:, 0, 0]).shape == (2, 0)  # such as the two inputs of a table
+    assert RawInput()(torch.zeros(2, 9).long()).shape == (2, 0)

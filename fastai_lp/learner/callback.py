@@ -51,7 +51,7 @@ class LPCallback(FitScoped):
     order, run_valid = -5, False
     batch_unlabeled = None # bool [b] during a training batch: which items are unlabeled
     _start = 0 # number of epochs in all fits before the last one
-    _stateattrs = ('_fit', '_data', '_cols', 'truth')
+    _stateattrs = ('_fit', '_data', '_cols', '_view', 'truth')
 
     def __init__(self,
         labeler=None, # makes the pseudo-labels (see `labelers`); None: `Diffusion` with the settings given here
@@ -72,11 +72,11 @@ class LPCallback(FitScoped):
         self._for_images = unlabeled_tfms is True
         self.unlabeled_tfms = L(strong_tfms() if self._for_images else unlabeled_tfms or None)
         self.record, self._course = LPRecord(), 0  # number of epochs in all fits so far
-        self._fit = self._data = self._cols = self._mix = None
+        self._fit = self._data = self._cols = self._mix = self._view = None  # _view: (data, labels, view of an `Ensemble`)
 
     def _init_state(self):
         super()._init_state()
-        self._fit = self._data = self._cols = self.truth = None
+        self._fit = self._data = self._cols = self._view = self.truth = None
 
     @property
     def in_warmup(self): return self._fit is not None and self._fit.warm
@@ -224,11 +224,13 @@ def _still_valid(self:LPCallback):
     return p is not None and self._data is self._fit.dl.dataset and torch.equal(torch.where(p.labeled, p.labels, -1), y)
 
 
+
 @patch
-def _last(self:LPCallback):
-    "The last pseudo-labels, if they have a view that can be used again"
-    p = self.record.pseudo
-    return p if p is not None and p.fixed is not None and self._still_valid() else None
+def _looks(self:LPCallback):
+    "Whether an `Ensemble` has to make its view: it has none of these data and labels"
+    if not isinstance(self.labeler, Ensemble) or self._fit.lr_find and self._fit.warm: return False
+    data, y, _ = self._view or (None, None, None)
+    return data is not self._fit.dl.dataset or not torch.equal(y, self._fit.y)
 
 # %% ../../nbs/learner/13_callback.ipynb #cbfa49c4
 @patch
@@ -237,7 +239,7 @@ def before_train(self:LPCallback):
     if self._fit is None:
         raise ValueError("there is no training data: a Learner from load_learner comes without data, set learn.dls before the fit")
     self._fit.rank, self._fit.world = share_batches(self.dls.loaders)
-    if self._fit.due: self._update()
+    if self._fit.due or self._looks(): self._update()
     self._fit.updated = self._fit.due
     self._prepare()
     self._add_mix()
@@ -248,9 +250,11 @@ def _update(self:LPCallback):
     fit, start = self._fit, time.perf_counter()
     if fit.world > 1: level(*unwrapped(self.learn.model).buffers())  # BatchNorm statistics differ between processes
     with work_shared(fit.rank, fit.world):
-        found, other = self._extract()
+        looks, (found, other) = self._looks(), self._extract()
         extracted = time.perf_counter()
-        pseudo = self._label(found, other)
+        if looks: self._look(found, other)
+        if not fit.due: return  # a warm-up epoch
+        pseudo = self._label(found, looks)
     self._record(found, pseudo, start, extracted)
     self._advise(pseudo)
 
@@ -276,7 +280,7 @@ def _bar(self:LPCallback):
 # %% ../../nbs/learner/13_callback.ipynb #38aec0a8
 @patch
 def _extract(self:LPCallback):
-    also, c = getattr(self.labeler, 'backbone', None) if self._last() is None else None, self.dls.c
+    also, c = self.labeler.backbone if self._looks() else None, self.dls.c
     found = self.features(self.learn, progress=self.epoch/self.n_epoch, also=also, **self._bar())
     found, other = (found, None) if also is None else found
     if found.logits.shape[1] != c:
@@ -285,14 +289,19 @@ def _extract(self:LPCallback):
 
 
 @patch
-def _label(self:LPCallback, found, other):
+def _look(self:LPCallback, found, other):
+    with _bars(**self._bar()): view = self.labeler.look(*found, self._fit.y, other)
+    self._view = self._fit.dl.dataset, self._fit.y, view if self._fit.world == 1 else from_first(view)
+
+
+@patch
+def _label(self:LPCallback, found, looks):
     fit = self._fit
     with _bars(**self._bar()), memory_advice(*found.feats.shape, self.dls.c, self.labeler):
-        more = dict(last=self._last(), other=other) if isinstance(self.labeler, Ensemble) else {}
+        more = dict(view=self._view[-1], network=not looks) if isinstance(self.labeler, Ensemble) else {}
         pseudo = self.labeler(found.feats, found.logits, fit.y, **more)
     if fit.world == 1: return pseudo
-    same = {'W', 'fixed'} if more.get('last') else {'W'}  # W is made of gathered neighbors
-    return replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k not in same})
+    return replace(pseudo, **{k: from_first(v) for k, v in vars(pseudo).items() if k != 'W'})  # W is made of gathered neighbors
 
 # %% ../../nbs/learner/13_callback.ipynb #48410c0a
 @patch
@@ -417,7 +426,8 @@ def after_fit(self:LPCallback):
 def state_dict(self:LPCallback)->dict: # tensors, numbers and strings
     "Return the history and the pseudo-labels"
     pseudo = self.record.pseudo
-    return dict(history=self.record.history, start=self._start, pseudo=None if pseudo is None else pseudo.state_dict())
+    return dict(history=self.record.history, start=self._start, pseudo=None if pseudo is None else pseudo.state_dict(),
+        view=None if self._view is None else self._view[-1])
 
 
 @patch
@@ -427,6 +437,7 @@ def load_state_dict(self:LPCallback,
     "Continue from a saved state; called during a fit, after `before_fit`"
     self.record.history, self.record.truth = state['history'], self._fit.truth
     self._fit.start = state.get('start', self._fit.start)
+    if state.get('view') is not None: self._view = self._fit.dl.dataset, self._fit.y, state['view']
     if state['pseudo'] is None: return
     self.record.keep(PseudoLabels.from_state_dict(state['pseudo']).to(self._fit.y.device), self._fit)
     self._data = self._fit.dl.dataset

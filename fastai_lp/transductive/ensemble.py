@@ -9,6 +9,7 @@ __all__ = ['fixed_view', 'kept_variance', 'Ensemble']
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -22,17 +23,18 @@ from .propagate import build_graph
 from .pseudo import PseudoLabels
 from .scoring import from_scores
 from .settings import Constraint, as_floats, as_rows, check_labels, constraints, defaults
-from .views import View, left_out, shares
+from .views import View, left_out, log_likelihood, shares
 
 # %% ../../nbs/transductive/15_ensemble.ipynb #5cdc9861
 def fixed_view(
-    view:View, # features that do not change, with their graph
+    views:dict, # {name: `View`}
     y:torch.Tensor, # int64 [n], negative if unlabeled
-)->dict: # P, float32 [n, c]; feats, float32 [n, at most 128], unit rows; shares, float64 [c] or None, see `shares`
-    "What an `Ensemble` keeps of a view"
-    P = view(y)
-    feats = F.normalize(torch.from_numpy(view.features))
-    return dict(P=torch.from_numpy(P).float(), feats=feats, shares=shares(P, y, left_out(view, y)))
+)->dict: # P, float32 [n, c]; feats, float32 [n, at most 128], unit rows; shares, float64 [c] or None, see `shares`; name
+    "What an `Ensemble` keeps of the view that predicts left-out labels best; of the first one if nothing can be left out"
+    found = {name: left_out(view, y) for name, view in views.items()}
+    name = max(views, key=lambda o: -np.inf if found[o] is None else log_likelihood(found[o]))
+    P, feats = views[name](y), F.normalize(torch.from_numpy(views[name].features))
+    return dict(P=torch.from_numpy(P).float(), feats=feats, shares=shares(P, y, found[name]), name=name)
 
 # %% ../../nbs/transductive/15_ensemble.ipynb #fcafe13d
 def kept_variance(
@@ -63,7 +65,7 @@ class Ensemble(OnGraph):
     balance:str='sinkhorn' # match the class shares in `prior`; None: do not
     prior:object='auto' # class shares: the given 'labels', 'uniform', one number per class, or 'auto': see `views.shares`
     zeta:bool=False # class weights; matched class shares need none
-    backbone:torch.nn.Module=None # another network or `Thumbnail()`, whose features are the view; None: those of the first update
+    backbone:torch.nn.Module=None # another network or `RawInput()`, whose features may be the view
 
     _constraints = constraints | dict(prior=_auto, trust=constraints['gamma'])
 
@@ -86,30 +88,45 @@ def sharpened(self:Ensemble,
     P[free] = balanced(P[free], shares if auto else class_prior(self.prior, y, P.shape[1]).cpu())
     return P
 
+# %% ../../nbs/transductive/15_ensemble.ipynb #1c0ae0b8
+@patch
+def look(self:Ensemble,
+    feats:torch.Tensor, # [n, d] features of the network
+    logits:torch.Tensor, # [n, c] its outputs
+    y:torch.Tensor, # int [n], negative if unlabeled
+    other:torch.Tensor=None, # [n, e] features of the backbone; without columns: not used
+)->dict: # see `fixed_view`
+    "Make the view"
+    x, settings = as_rows(feats), {o: getattr(self, o) for o in ('k', 'gamma', 'backend', 'index')}
+    y = check_labels(y, logits.shape[1], n_items=len(x))[0]
+    labeled = y >= 0
+    trained = logits.shape[1] > 1 and (logits.argmax(1)[labeled] == y[labeled].to(logits.device)).float().mean() > .9
+    views = dict(backbone=View(other, **settings)) if other is not None and other.shape[1] else {}
+    if not views or not trained: views['network'] = View(x, **settings)
+    return fixed_view(views, y)
+
 # %% ../../nbs/transductive/15_ensemble.ipynb #5547461d
 @patch
 def __call__(self:Ensemble,
     feats:torch.Tensor, # [n, d] features of the network; ℓ2-normalized here
-    logits:torch.Tensor, # [n, c] network outputs before softmax; used if there is a `last`
+    logits:torch.Tensor, # [n, c] network outputs before softmax
     y:torch.Tensor, # int [n], negative if unlabeled
-    last:PseudoLabels=None, # result of the last update, for the same items and labels
-    other:torch.Tensor=None, # [n, e] features of the backbone; used if there is no `last`
-)->PseudoLabels: # `Z` holds the probabilities, `fixed` the view
+    view:dict=None, # from `look`; None: make it
+    network:bool=True, # use the logits, if a view is given; False: the network has not been trained since
+)->PseudoLabels: # `Z` holds the probabilities
     "Average the view and the network, diffuse over the graph, and weight the result by its certainty"
     begin, x = time.perf_counter(), F.normalize(as_rows(feats))
     y = check_labels(y, logits.shape[1], n_items=len(x))[0]
-    own = other if other is not None and other.shape[1] else x
-    fixed = last.fixed if last is not None else fixed_view(View(own, self.k, self.gamma, self.backend, self.index), y)
-    P = fixed['P'] if last is None else _averaged(fixed['P'], logits)
-    x = F.normalize(torch.cat([fixed['feats'].to(x), x], 1))
+    if view is None: view, network = self.look(feats, logits, y), False
+    P = _averaged(view['P'], logits) if network else view['P']
+    x = F.normalize(torch.cat([view['feats'].to(x), x], 1))
     W, found = build_graph(x, self.k, self.gamma, self.backend, self.index)
     S, built = normalize(W)[0], time.perf_counter()
-    P = clamped(self.sharpened(P, y, fixed['shares']), y)
+    P = clamped(self.sharpened(P, y, view['shares']), y)
     Z, n_iter, residual = diffuse(S, P.to(W.device)*(1-self.alpha), self.alpha, self.max_iter, self.tol)
     weight = self.trust*kept_variance(x, S, self.alpha)**2
     Q = log_mean([P.double().numpy(), distributions(Z.double().cpu().numpy())], [1, weight])
-    info = dict(W=W, n_iter=n_iter, residual=residual.max().item(), fixed=fixed)
-    info['graph'] = found | dict(trust=weight)
+    info = dict(W=W, n_iter=n_iter, residual=residual.max().item(), graph=found | dict(trust=weight))
     res = from_scores(clamped(Q, y).to(W.device), y.to(W.device), self.omega_norm, self.zeta_norm, **info)
     res.seconds = dict(graph=built-begin, diffusion=time.perf_counter()-built)
     return self._ablated(res)

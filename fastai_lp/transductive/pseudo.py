@@ -32,7 +32,6 @@ class PseudoLabels:
     residual:float=0. # largest relative residual over classes
     graph:dict=field(default_factory=dict) # `recall` of the neighbor search; empty without a graph
     seconds:dict=field(default_factory=dict) # wall-clock time per stage
-    fixed:dict=None # what an `Ensemble` keeps from update to update; not saved to files
 
 
 @patch(as_prop=True)
@@ -118,7 +117,7 @@ def save(self:PseudoLabels,
 )->Path:
     "Save as .npz, atomically and with a checksum"
     fname = Path(fname)
-    d = {k: v for k, v in vars(self).items() if k not in ('seconds', 'graph', 'W', 'fixed') and v is not None}
+    d = {k: v for k, v in vars(self).items() if k not in ('seconds', 'graph', 'W') and v is not None}
     for name in ('seconds', 'graph'): d.update({f'{name}_{k}': v for k, v in getattr(self, name).items()})
     if self.W is not None: d.update(W=self.W.values(), W_crow=self.W.crow_indices(), W_col=self.W.col_indices().int())
     if twice := d.keys() & more: raise ValueError(f"{min(twice)} is a part of the pseudo-labels: choose another name.")
