@@ -4,7 +4,7 @@ a pretrained network that is fine-tuned ("fine").
 head: fastai's default head on the embeddings of real_data.py, 10 epochs of one cycle, batches of 32 labeled and 32 unlabeled
 items. fine: the EfficientNet-Lite0 of real_data.py on 2,000 photographs of 96×96 pixels, `fine_tune` with one frozen epoch and
 8 more, batches of 10 labeled and 30 unlabeled images; 2,000 other images for testing. The BatchNorm layers of the network keep
-their statistics: photographs enlarged from 32×32 pixels have others, and with these the error is above 65 % with any method.
+their statistics: photographs enlarged from 32×32 pixels have others, which spoil the features.
 
 `supervised` sees as many batches of the same size, all labeled. Rates were chosen with --tune, on draws from 100 on and with
 other photographs. Lines that are in the file are skipped; a run of "fine" takes five to eight minutes. Reproduces
