@@ -224,11 +224,10 @@ def _still_valid(self:LPCallback):
     return p is not None and self._data is self._fit.dl.dataset and torch.equal(torch.where(p.labeled, p.labels, -1), y)
 
 
-
 @patch
 def _looks(self:LPCallback):
     "Whether an `Ensemble` has to make its view: it has none of these data and labels"
-    if not isinstance(self.labeler, Ensemble) or self._fit.lr_find and self._fit.warm: return False
+    if not isinstance(self.labeler, Ensemble) or self._fit.lr_find: return False
     data, y, _ = self._view or (None, None, None)
     return data is not self._fit.dl.dataset or not torch.equal(y, self._fit.y)
 
@@ -250,7 +249,8 @@ def _update(self:LPCallback):
     fit, start = self._fit, time.perf_counter()
     if fit.world > 1: level(*unwrapped(self.learn.model).buffers())  # BatchNorm statistics differ between processes
     with work_shared(fit.rank, fit.world):
-        looks, (found, other) = self._looks(), self._extract()
+        looks = self._looks()
+        found, other = self._extract(self.labeler.backbone if looks else None)
         extracted = time.perf_counter()
         if looks: self._look(found, other)
         if not fit.due: return  # a warm-up epoch
@@ -279,8 +279,8 @@ def _bar(self:LPCallback):
 
 # %% ../../nbs/learner/13_callback.ipynb #38aec0a8
 @patch
-def _extract(self:LPCallback):
-    also, c = self.labeler.backbone if self._looks() else None, self.dls.c
+def _extract(self:LPCallback, also):
+    c = self.dls.c
     found = self.features(self.learn, progress=self.epoch/self.n_epoch, also=also, **self._bar())
     found, other = (found, None) if also is None else found
     if found.logits.shape[1] != c:

@@ -32,10 +32,10 @@ class View:
     ):
         x = unit_rows(as_rows(x))
         x = x - x.mean(0)
-        self.W, self.graph = build_graph(x, k, gamma, backend, index)
-        rows = x.cpu().numpy()
+        self.W, _ = build_graph(x, k, gamma, backend, index)
+        self.S, rows = normalize(self.W)[0], x.cpu().numpy()
         self.features = reduction(rows)(rows).astype(np.float32)  # [n, at most 128]
-        self.diffused = DiffusedFeatures(self.features, normalize(self.W)[0])
+        self.diffused = DiffusedFeatures(self.features, self.S)
 
     def __call__(self,
         y:torch.Tensor, # int64 [n], negative if unlabeled; each class has a label
@@ -43,7 +43,7 @@ class View:
     )->np.ndarray: # float64 [n, c], rows sum to 1
         "Class probabilities"
         P = combined(self.diffused, self.W, y, logistic(), trust_in_diffusion(self.diffused.kept))[-1]
-        Z = diffuse(normalize(self.W)[0], clamped(P, y).to(self.W.device)*(1-alpha), alpha).Z
+        Z = diffuse(self.S, clamped(P, y).to(self.W.device)*(1-alpha), alpha).Z
         return distributions(Z.double().cpu().numpy())
 
 # %% ../../nbs/transductive/14_views.ipynb #0ef940e6
