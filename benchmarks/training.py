@@ -36,10 +36,8 @@ from fastai_lp.experiments.batches import image_dls
 from fastai_lp.experiments.datasets import ImageArrays
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.fixmatch import FixMatchCallback
-from fastai_lp.learner.layers import RawInput
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.streams import semi_dls
-from fastai_lp.transductive.ensemble import Ensemble
 from fastai_lp.transductive.labelers import NetworkPrediction
 from fastai_lp.utils.files import append_json_line, read_json_lines
 
@@ -53,7 +51,7 @@ def callbacks(method, layer, truth):
     return dict(supervised=lambda: [], network=lambda: [LPCallback(NetworkPrediction(), truth=truth)], lp=lambda: [LPCallback(truth=truth)],
         mt=lambda: [MeanTeacherCallback()], fixmatch=lambda: [FixMatchCallback(unlabeled_tfms=tfms)],
         strong=lambda: [LPCallback.strong(truth=truth, unlabeled_tfms=tfms)],
-        ensemble=lambda: [LPCallback(Ensemble(backbone=RawInput()), truth=truth, unlabeled_tfms=tfms, mixup=True)])[method]()
+        **{'lp+fixmatch': lambda: [LPCallback(truth=truth), FixMatchCallback(unlabeled_tfms=tfms)]})[method]()
 
 
 class KeepStatistics(Callback):
@@ -122,7 +120,7 @@ def run(layer, data, method, labels, draw, lr):
 def main(
     layer:str, # head or fine
     data:str='photos', # of a head: photos or sentences
-    methods:str='supervised,network,mt,fixmatch,lp,strong,ensemble', # separated by commas
+    methods:str='supervised,network,mt,fixmatch,lp+fixmatch,lp,strong', # separated by commas
     labels:str='4,10,25', # per class, separated by commas; fine: 10
     draws:str='0-4', # range of the draws
     tune:str=None, # learning rates, separated by commas, instead of the best ones; for draws from 100 on

@@ -4,6 +4,7 @@ from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, replace
 from io import StringIO
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from fastai_lp.experiments.splits import show_labels
 from fastai_lp.experiments.train import run_method
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.layers import RawInput
+from fastai_lp.transductive.ensemble import Ensemble
 
 FEW = Recipe('small', width=4, bs=16, labeled_bs=6, stage1=2, stage2=3, k=7)
 
@@ -71,10 +74,9 @@ def test_settings_that_were_added_later_leave_the_names_of_older_runs():
 
 def test_tricks_change_the_preset():
     preset = LPCallback.strong()
-    cb = lp_callback('strong', Recipe(tricks=dict(features=dict(weight=0.), k=None), augment_descriptors=True))
-    assert type(cb.features.backbone) is type(preset.features.backbone)
-    assert (cb.features.weight, cb.features.augment) == (0., True)
-    assert cb.labeler == replace(preset.labeler, k=None)
+    cb = lp_callback('strong', Recipe(tricks=dict(features=dict(max_bytes=100), k=3), augment_descriptors=True))
+    assert (cb.features.max_bytes, cb.features.augment) == (100, True)
+    assert replace(cb.labeler, backbone=None) == replace(preset.labeler, k=3, backbone=None)
 
 
 # Settings that reach the run
@@ -123,11 +125,10 @@ def test_weights_that_are_switched_off(data, tmp_path):
 
 
 def test_strong_is_the_preset(data, tmp_path):
-    "Written out as tricks"
-    tricks = dict(unlabeled_tfms=True, mixup=True, temperature=.2, balance='sinkhorn', prior='labels', omega=False,
-        features=dict(backbone='thumbnail', weight=1.))
+    "Written out"
+    def own(method, recipe, truth): return LPCallback(Ensemble(backbone=RawInput()), unlabeled_tfms=True, mixup=True, truth=truth)
     a = run(data, 'strong', FEW, tmp_path)
-    b = run(data, 'lp', replace(FEW, k=10, tricks=tricks), tmp_path)
+    with patch('fastai_lp.experiments.train.lp_callback', own): b = run(data, 'lp', FEW, tmp_path)
     assert a['stages'][1][-1]['error_rate'] == b['stages'][1][-1]['error_rate']
     assert [o['accuracy'] for o in a['history']] == [o['accuracy'] for o in b['history']]
 

@@ -119,8 +119,7 @@ def lp_callback(
     if features.get('backbone') == 'thumbnail': features = features | dict(backbone=Thumbnail())
     if recipe.augment_descriptors: features = features | dict(augment=True)
     if method == 'strong':
-        if features: tricks['features'] = replace(LPCallback.strong().features, **features)
-        return LPCallback.strong(truth=truth, **tricks)
+        return LPCallback.strong(truth=truth, features=Extractor(**features), **tricks)
     labeler = _labeler(method, recipe)
     own = {o.name for o in fields(labeler)} & tricks.keys()
     labeler = replace(labeler, **{o: tricks.pop(o) for o in own})

@@ -9,7 +9,7 @@ __all__ = ['LPCallback', 'LPFit']
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields as dataclass_fields, replace
 from functools import partial
 
 import torch
@@ -29,7 +29,7 @@ from .augment import strong_tfms, warn_unless_images
 from .data import class_names, refuse_all_labeled, targets_of
 from .epoch import EpochPlan
 from .features import Extractor
-from .layers import Thumbnail, find_classifier, find_feature_layer
+from .layers import RawInput, find_classifier, find_feature_layer
 from .losses import PseudoLabelLoss, unwrap_loss, weighted_targets
 from .mixing import StreamMixUp
 from .record import Columns, LPRecord, item_names, truth_of
@@ -84,15 +84,14 @@ class LPCallback(FitScoped):
 # %% ../../nbs/learner/13_callback.ipynb #28d2e636
 @patch(cls_method=True)
 def strong(cls:LPCallback,
-    **changes # arguments of `LPCallback` that differ; a `labeler` replaces the settings of the labeler
+    **changes # arguments of `LPCallback` or `Ensemble` that differ
 ):
     """The recommended recipe, which goes beyond the paper.
 
-    It assumes that the classes have the same shares among the unlabeled items as among the labels. If you know that they have
-    not, pass the shares as `prior=`, or switch this off with `balance=None`."""
-    labels = {} if 'labeler' in changes else dict(k=10, temperature=.2, balance='sinkhorn', prior='labels', omega=False)
-    features = Extractor(backbone=Thumbnail(strict=False), weight=1.)
-    return cls(**{**dict(features=features, unlabeled_tfms=True, mixup=True), **labels, **changes})
+    Class shares of the unlabeled items are those of the labels, unless left-out labels contradict. If you know them, pass them as `prior=`."""
+    own = {o.name for o in dataclass_fields(Ensemble)} & changes.keys()
+    if 'labeler' not in changes: changes['labeler'] = Ensemble(**{'backbone': RawInput()} | {o: changes.pop(o) for o in own})
+    return cls(**dict(unlabeled_tfms=True, mixup=True) | changes)
 
 # %% ../../nbs/learner/13_callback.ipynb #74d98ea1
 class LPFit(EpochPlan):

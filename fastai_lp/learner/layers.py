@@ -87,20 +87,18 @@ def add_l2norm(
 class Thumbnail(nn.Module):
     """Features without a network: a small copy of the image, shifted so that the smallest value is 0. A `backbone` of `Extractor`.
 
-    Raises `ValueError` for inputs that are not images [b, channels, height, width], unless `strict=False`."""
+    Raises `ValueError` for inputs that are not images [b, channels, height, width]."""
     def __init__(self,
         size:int=8, # pixels of the longer side, at most
-        strict:bool=True, # False: return empty features for other inputs
     ):
         super().__init__()
-        self.size, self.strict = size, strict
+        self.size = size
 
     def forward(self,
         x:torch.Tensor, # float [b, channels, height, width]
         *others, # further inputs, ignored
     )->torch.Tensor: # float [b, channels·height·width] of the small image
         if x.ndim != 4 or not x.is_floating_point():
-            if not self.strict: return torch.zeros(len(x), 0, device=x.device)
             raise ValueError(f"Thumbnail needs images, floats of shape [batch, channels, height, width], got {x.dtype} {list(x.shape)}: "
                 "use another backbone")
         x = x.as_subclass(torch.Tensor)

@@ -29,12 +29,16 @@ from .views import View, left_out, log_likelihood, shares
 def fixed_view(
     views:dict, # {name: `View`}
     y:torch.Tensor, # int64 [n], negative if unlabeled
-)->dict: # P, float32 [n, c]; feats, float32 [n, at most 128], unit rows; shares, float64 [c] or None, see `shares`; name
-    "What an `Ensemble` keeps of the view that predicts left-out labels best; of the first one if nothing can be left out"
+)->dict: # P, float32 [n, c]; feats, float32 [n, at most 128 per view], unit rows; shares, float64 [c] or None, see `shares`; name
+    "What an `Ensemble` keeps of the view that predicts left-out labels best; of all views if each class has a single label"
     found = {name: left_out(view, y) for name, view in views.items()}
-    name = max(views, key=lambda o: -np.inf if found[o] is None else log_likelihood(found[o]))
-    P, feats = views[name](y), F.normalize(torch.from_numpy(views[name].features))
-    return dict(P=torch.from_numpy(P).float(), feats=feats, shares=shares(P, y, found[name]), name=name)
+    test = next(iter(found.values()))
+    if test is not None:
+        name = max(views, key=lambda o: log_likelihood(found[o]))
+        views, test = {name: views[name]}, found[name]
+    P = log_mean([view(y) for view in views.values()], [1]*len(views))
+    feats = torch.cat([F.normalize(torch.from_numpy(o.features)) for o in views.values()], 1)
+    return dict(P=torch.from_numpy(P).float(), feats=F.normalize(feats), shares=shares(P, y, test), name=' and '.join(views))
 
 # %% ../../nbs/transductive/15_ensemble.ipynb #fcafe13d
 def kept_variance(
