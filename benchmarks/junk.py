@@ -7,26 +7,13 @@ familiar, and the area for the entropy of the pseudo-labels of `LabelDiffusion(N
     FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/junk.py"""
 from pathlib import Path
 
-import numpy as np
 from fastcore.script import call_parse
-from real_data import rows
+from real_data import rows, with_junk
 from sklearn.metrics import roc_auc_score
 
 from fastai_lp.transductive.curation import familiarity
 from fastai_lp.transductive.propagate import propagate
 from fastai_lp.utils.files import append_json_line
-
-
-def with_junk(data, labels, draw):
-    "(features, labels of known classes or −1, whether an item is junk)"
-    rng, c = np.random.default_rng(1000+draw), data.y.max()+1
-    known = rng.permutation(c)[:round(.6*c)]
-    good = np.isin(data.y, known)
-    junk = rng.permutation(np.flatnonzero(~good))[:(good.sum()-labels*len(known))*2//3]
-    y = np.full(len(data.y), -1)
-    for j, k in enumerate(known): y[rng.permutation(np.flatnonzero(data.y == k))[:labels]] = j
-    kept = np.sort(np.concatenate([np.flatnonzero(good), junk]))
-    return data.x[kept], y[kept], ~good[kept]
 
 
 @call_parse
@@ -41,8 +28,8 @@ def main(
         d = rows(name, cache)
         for labels in (4, 10):
             for draw in range(first, last+1):
-                x, y, junk = with_junk(d, labels, draw)
-                p, free = propagate(x, y), y < 0
+                kept, y, truth, _ = with_junk(d.y, labels, draw)
+                p, free, junk = propagate(d.x[kept], y), y < 0, truth < 0
                 f = familiarity(p.W, y >= 0).numpy()[free]
                 least = f.argsort()[:len(f)//10]
                 found = dict(data=name, labels=labels, draw=draw, junk=junk[free].mean(), auc=roc_auc_score(junk[free], -f))

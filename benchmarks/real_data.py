@@ -116,6 +116,14 @@ def rows(
     with np.load(file) as f: return Rows(**f)
 
 
+class Task(NamedTuple):
+    "Which rows there are, and which labels"
+    kept:np.ndarray # indices of rows
+    shown:np.ndarray # int [kept] labels, −1 if hidden
+    truth:np.ndarray # int [kept] classes, −1 if of none
+    known:np.ndarray # the classes, as the data set counts them
+
+
 def shown(
     y, # int [n] classes
     per_class:int, # labels per class
@@ -125,3 +133,34 @@ def shown(
     rng = np.random.default_rng(1000+draw)
     keep = np.concatenate([rng.permutation(np.flatnonzero(y == c))[:per_class] for c in np.unique(y)])
     return np.where(np.isin(np.arange(len(y)), keep), y, -1)
+
+
+def with_junk(y, per_class, draw):
+    "60 % of the classes, drawn at random, and items of the others until these are 40 % of the unlabeled items"
+    rng, c = np.random.default_rng(1000+draw), y.max()+1
+    known = rng.permutation(c)[:round(.6*c)]
+    good = np.isin(y, known)
+    junk = rng.permutation(np.flatnonzero(~good))[:(good.sum()-per_class*len(known))*2//3]
+    given, truth = np.full((2, len(y)), -1)
+    for j, k in enumerate(known):
+        truth[y == k] = j
+        given[rng.permutation(np.flatnonzero(y == k))[:per_class]] = j
+    kept = np.sort(np.concatenate([np.flatnonzero(good), junk]))
+    return Task(kept, given[kept], truth[kept], known)
+
+
+def skewed(y, per_class, draw):
+    "Classes from all their items to a tenth, in equal ratios and in random order, with as many labels each"
+    rng, c = np.random.default_rng(1000+draw), y.max()+1
+    parts = []
+    for rank, k in enumerate(rng.permutation(c)):
+        members = rng.permutation(np.flatnonzero(y == k))
+        parts.append(members[:round(len(members)*.1**(rank/(c-1)))])
+    kept = np.sort(np.concatenate(parts))
+    return Task(kept, shown(y[kept], per_class, draw), y[kept], np.arange(c))
+
+
+def task(y, per_class, draw, condition):
+    "Rows and labels of a condition: plain, junk or skew"
+    if condition == 'plain': return Task(np.arange(len(y)), shown(y, per_class, draw), y, np.arange(y.max()+1))
+    return dict(junk=with_junk, skew=skewed)[condition](y, per_class, draw)

@@ -1,20 +1,30 @@
-"""Trains with few labels on the data people have, by several methods with equal steps: a head on frozen embeddings ("head"), or
-a pretrained network that is fine-tuned ("fine").
+"""Trains with few labels on the data people have, by several methods with equal steps: a head on frozen embeddings ("head"), a
+pretrained network that is fine-tuned ("fine"), or a small network from random weights ("scratch").
 
 head: fastai's default head on the embeddings of real_data.py, 10 epochs of one cycle, batches of 32 labeled and 32 unlabeled
 items. fine: the EfficientNet-Lite0 of real_data.py on 2,000 photographs of 96×96 pixels, `fine_tune` with one frozen epoch and
 8 more, batches of 10 labeled and 30 unlabeled images; 2,000 other images for testing. The BatchNorm layers of the network keep
-their statistics: photographs enlarged from 32×32 pixels have others, which spoil the features.
+their statistics: photographs enlarged from 32×32 pixels have others, which spoil the features. scratch: the digits, with the
+recipe of `lp_train digits`.
+
+The condition "junk" has 40 % of unlabeled items that belong to no class, "skew" has classes of 1 : 10 in size with as many
+labels each; see real_data.py. The test set has the known classes, in equal shares.
 
 `supervised` sees as many batches of the same size, all labeled. Rates were chosen with --tune, on draws from 100 on and with
 other photographs. Lines that are in the file are skipped; a run of "fine" takes five to eight minutes. Reproduces
 results/real/training.jsonl:
 
-    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py head --data photos
+    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py head
+    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py head --data sentences --labels 10
+    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py head --labels 10 --condition junk,skew
+    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py scratch --condition junk,skew --draws 0-9
     FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py fine --draws 0-2"""
+import json
 import os
+import tempfile
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +39,13 @@ from fastai.metrics import error_rate
 from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 from fastcore.script import call_parse
-from real_data import lite0, photos, rows, shown
+from real_data import Rows, lite0, photos, rows, task
 from torch import nn
 
 from fastai_lp.experiments.batches import image_dls
-from fastai_lp.experiments.datasets import ImageArrays
+from fastai_lp.experiments.datasets import ImageArrays, digits
+from fastai_lp.experiments.recipes import RECIPES
+from fastai_lp.experiments.train import run_method
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.fixmatch import FixMatchCallback
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
@@ -46,11 +58,12 @@ RATES = dict(head=dict(), fine=dict())  # best of --tune; 2e-3 otherwise
 
 
 def callbacks(method, layer, truth):
-    "Callbacks of a method; `truth` is for diagnostics"
-    tfms = True if layer == 'fine' else None
+    "Callbacks of a method, such as strong, or strong:mixup=null with a setting as JSON; `truth` is for diagnostics"
+    tfms, (method, *changes) = True if layer == 'fine' else None, method.split(':')
+    changes = {name: json.loads(value) for name, value in (o.split('=') for o in changes)}
     return dict(supervised=lambda: [], network=lambda: [LPCallback(NetworkPrediction(), truth=truth)], lp=lambda: [LPCallback(truth=truth)],
         mt=lambda: [MeanTeacherCallback()], fixmatch=lambda: [FixMatchCallback(unlabeled_tfms=tfms)],
-        strong=lambda: [LPCallback.strong(truth=truth, unlabeled_tfms=tfms)],
+        strong=lambda: [LPCallback.strong(**dict(truth=truth, unlabeled_tfms=tfms) | changes)],
         **{'lp+fixmatch': lambda: [LPCallback(truth=truth), FixMatchCallback(unlabeled_tfms=tfms)]})[method]()
 
 
@@ -84,7 +97,7 @@ def head_learner(data, y, labeled_only, bs=64, labeled_bs=32):
 
 def fine_learner(data, y, labeled_only, bs=40, labeled_bs=10):
     own = repeated(y, bs, labeled_bs) if labeled_only else np.arange(len(y))
-    data = replace(data, train=own, shown=y[own], ids=None)
+    data = replace(data, train=data.train[own], shown=y[own], ids=None)
     dls = image_dls(data, bs, labeled_bs, labeled_only, device='cpu')
     learn = vision_learner(dls, 'tf_efficientnet_lite0', pretrained=False, normalize=False, metrics=error_rate, cbs=KeepStatistics())
     network = learn.model[0].model
@@ -100,29 +113,57 @@ def images(folder, seed):
     return ImageArrays(pixels, np.concatenate([y, new_y]), train, test, mean=(.5,)*3, std=(.5,)*3)
 
 
-def run(layer, data, method, labels, draw, lr):
-    "Errors of the epochs, accuracy of the pseudo-labels, seconds"
-    start, truth = time.perf_counter(), data.y if layer == 'head' else data.truth[data.train]
-    y = shown(truth, labels, draw)
+def restricted(data, t):
+    "Only the rows of a task, and the tests of its classes"
+    place = np.full(10**3, -1)
+    place[t.known] = np.arange(len(t.known))
+    if isinstance(data, Rows):
+        new_y = place[data.new_y]
+        return Rows(data.x[t.kept], t.truth, data.new_x[new_y >= 0], new_y[new_y >= 0])
+    truth, train = np.full(len(data.truth), -1), data.train[t.kept]
+    truth[data.test], truth[train] = place[data.truth[data.test]], t.truth
+    return replace(data, truth=truth, train=train, test=data.test[truth[data.test] >= 0], shown=t.shown, vocab=None, ids=None)
+
+
+def from_scratch(images, method, draw, lr):
+    "Errors of the epochs, accuracy of the pseudo-labels"
+    recipe = replace(RECIPES['digits'], **({} if lr is None else dict(lr=lr)))
+    with tempfile.TemporaryDirectory() as out:
+        res = run_method(images, method, recipe, out, seed=draw, keep=(), device='cpu', bar=False)
+    return [o['error_rate'] for stage in res['stages'] for o in stage], [o['accuracy'] for o in res['history']]
+
+
+def fitted(layer, data, shown, truth, method, draw, lr):
+    "Errors of the epochs, accuracy of the pseudo-labels"
     set_seed(draw)
-    learn = (head_learner if layer == 'head' else fine_learner)(data, y, method == 'supervised')
+    learn = (head_learner if layer == 'head' else fine_learner)(data, shown, method == 'supervised')
     cbs = callbacks(method, layer, truth)
     with learn.no_bar(), learn.no_logging():
         if layer == 'head': learn.fit_one_cycle(10, lr, cbs=cbs)
         else: learn.fine_tune(8, lr, freeze_epochs=1, cbs=cbs)
     place = learn.recorder.metric_names[1:].index('error_rate')
-    errors = [round(float(o[place]), 4) for o in learn.recorder.values]
-    right = [round(o['accuracy'], 4) for o in learn.lp_record.history] if hasattr(learn, 'lp_record') else None
+    return [o[place] for o in learn.recorder.values], [o['accuracy'] for o in learn.lp_record.history] if hasattr(learn, 'lp_record') else []
+
+
+def run(layer, data, condition, method, labels, draw, lr):
+    "Errors of the epochs, accuracy of the pseudo-labels, seconds"
+    start = time.perf_counter()
+    t = task(data.y if layer == 'head' else data.truth[data.train], labels, draw, condition)
+    data = restricted(data, t)
+    if layer == 'scratch': found = from_scratch(data, method, draw, lr)
+    else: found = fitted(layer, data, t.shown, t.truth, method, draw, lr)
+    errors, right = ([round(float(o), 4) for o in some] for some in found)
     return dict(error=errors[-1], errors=errors, right=right, sec=round(time.perf_counter()-start))
 
 
 @call_parse
 def main(
-    layer:str, # head or fine
+    layer:str, # head, fine or scratch
     data:str='photos', # of a head: photos or sentences
     methods:str='supervised,network,mt,fixmatch,lp+fixmatch,lp,strong', # separated by commas
-    labels:str='4,10,25', # per class, separated by commas; fine: 10
+    labels:str=None, # per class, separated by commas; 1,4,10,25 for a head, 10 for fine, 2 for scratch
     draws:str='0-4', # range of the draws
+    condition:str='plain', # plain, junk, skew, separated by commas
     tune:str=None, # learning rates, separated by commas, instead of the best ones; for draws from 100 on
     cache:str=None, # folder for the embeddings; the folder of the data if not given
     out:str=str(Path(__file__).parent/'results/real'), # folder of the results
@@ -130,16 +171,17 @@ def main(
     torch.set_num_threads(1)
     file, (first, last) = Path(out)/('tune.jsonl' if tune else 'training.jsonl'), map(int, draws.split('-'))
     if tune and first < 100: raise SystemExit('tune on draws from 100 on, which are not reported')
-    folder, names = Path(os.environ.get('FASTAI_LP_DATA', '.')), ('layer', 'data', 'method', 'labels', 'draw', 'lr')
+    names = 'layer', 'data', 'condition', 'method', 'labels', 'draw', 'lr'
     done = {tuple(o[k] for k in names) for _, o in read_json_lines(file)} if file.exists() else set()
-    seed = TUNING_IMAGES if tune else IMAGES
-    found = rows(data, cache, seed) if layer == 'head' else images(folder, seed)
-    for draw in range(first, last+1):
-        for count in map(int, labels.split(',')) if layer == 'head' else [10]:
-            for method in methods.split(','):
-                for lr in map(float, tune.split(',')) if tune else [RATES[layer].get(method, 2e-3)]:
-                    key = layer, data, method, count, draw, lr
-                    if key in done: continue
-                    res = run(layer, found, method, count, draw, lr)
-                    append_json_line(file, dict(zip(names, key), **res))
-                    print(*key, f"error {res['error']:.1%}, {res['sec']} s", flush=True)
+    data, seed = 'digits' if layer == 'scratch' else data, TUNING_IMAGES if tune else IMAGES
+    if layer == 'head': found = rows(data, cache, seed)
+    else: found = images(Path(os.environ.get('FASTAI_LP_DATA', '.')), seed) if layer == 'fine' else digits()
+    counts = [int(o) for o in (labels or dict(head='1,4,10,25', fine='10', scratch='2')[layer]).split(',')]
+    for draw, how, count, method in product(range(first, last+1), condition.split(','), counts, methods.split(',')):
+        best = RATES[layer].get(method, 2e-3) if layer != 'scratch' else None  # None: that of the recipe
+        for lr in map(float, tune.split(',')) if tune else [best]:
+            key = layer, data, how, method, count, draw, lr
+            if key in done: continue
+            res = run(layer, found, how, method, count, draw, lr)
+            append_json_line(file, dict(zip(names, key), **res))
+            print(*key, f"error {res['error']:.1%}, {res['sec']} s", flush=True)
