@@ -1496,6 +1496,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_lp/utils/distributed.py')},
             'fastai_lp.utils.ema': { 'fastai_lp.utils.ema.ema_decay': ('utils/ema.html#ema_decay', 'fastai_lp/utils/ema.py'),
                                      'fastai_lp.utils.ema.frozen_copy': ('utils/ema.html#frozen_copy', 'fastai_lp/utils/ema.py'),
+                                     'fastai_lp.utils.ema.same_modes': ('utils/ema.html#same_modes', 'fastai_lp/utils/ema.py'),
                                      'fastai_lp.utils.ema.update_mean': ('utils/ema.html#update_mean', 'fastai_lp/utils/ema.py')},
             'fastai_lp.utils.files': { 'fastai_lp.utils.files._add_checksum': ( 'utils/files.html#_add_checksum',
                                                                                 'fastai_lp/utils/files.py'),

@@ -154,6 +154,16 @@ def test_teacher_has_its_own_batchnorm_statistics(data):
     assert not torch.equal(teacher.running_mean, student.running_mean)
 
 
+def test_statistics_that_the_student_keeps(data):
+    class Keep(Callback):
+        def before_train(self): self.learn.model[1].eval()
+    learn, cb = blob_learner(data), MeanTeacherCallback()
+    learn.fit(2, 1e-2, cbs=[Noise(), cb, Keep()])
+    teacher = cb.record.teacher
+    assert teacher[1].num_batches_tracked == 0
+    assert not torch.equal(teacher[1].weight, torch.ones_like(teacher[1].weight))
+
+
 def test_accumulated_gradients_are_one_step(data):
     learn, cb = blob_learner(data), MeanTeacherCallback()
     learn.fit(1, 1e-2, cbs=[cb, GradientAccumulation(32)])

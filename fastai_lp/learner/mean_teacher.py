@@ -20,7 +20,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner, ValueMetric
 
 from ..utils.distributed import level, share_batches, unwrapped
-from ..utils.ema import ema_decay, frozen_copy, update_mean
+from ..utils.ema import ema_decay, frozen_copy, same_modes, update_mean
 from ..transductive.settings import check, number
 from .mixing import StreamMixUp
 from .scoped import FitScoped
@@ -147,7 +147,6 @@ def before_train(self:MeanTeacherCallback):
     self._world = share_batches(self.dls.loaders)[1]
     self._same_teacher()
     self._evaluated = False  # the teacher is not evaluated on the training set: Recorder(train_metrics=True) shows None
-    self.record.teacher.train()
 
 
 @patch
@@ -188,6 +187,7 @@ def after_loss(self:MeanTeacherCallback):
     n, y = len(self.pred), self.yb[0]
     if len(y) == n: self.learn.loss_grad = self.loss_grad*(y >= 0).float().mean()  # it was the mean over the labeled items
     else: self.learn.yb = (y[:n],)  # LPCallback has restored the integer targets of both views
+    same_modes(self.record.teacher, unwrapped(self.learn.model))
     with torch.no_grad(): target = _first(self.record.teacher(*self._view))
     first, second = self._heads
     weight = self.weight*sigmoid_rampup(self._start+self.epoch, self.rampup)
