@@ -54,7 +54,8 @@ from fastai_lp.transductive.labelers import NetworkPrediction
 from fastai_lp.utils.files import append_json_line, read_json_lines
 
 TUNING_IMAGES, IMAGES = 77, 10  # seeds of the photographs
-RATES = dict(head=dict(), fine=dict())  # best of --tune; 2e-3 otherwise
+RATES = dict(head=dict(supervised=1e-2, network=3e-4, mt=1e-3, lp=1e-3, strong=3e-3),  # best of --tune
+    fine=dict(supervised=2e-3, fixmatch=4e-3, lp=4e-3, strong=4e-3) | {'lp+fixmatch': 4e-3})
 
 
 def callbacks(method, layer, truth):
@@ -178,7 +179,7 @@ def main(
     else: found = images(Path(os.environ.get('FASTAI_LP_DATA', '.')), seed) if layer == 'fine' else digits()
     counts = [int(o) for o in (labels or dict(head='1,4,10,25', fine='10', scratch='2')[layer]).split(',')]
     for draw, how, count, method in product(range(first, last+1), condition.split(','), counts, methods.split(',')):
-        best = RATES[layer].get(method, 2e-3) if layer != 'scratch' else None  # None: that of the recipe
+        best = None if layer == 'scratch' else RATES[layer][method.partition(':')[0]]  # None: that of the recipe
         for lr in map(float, tune.split(',')) if tune else [best]:
             key = layer, data, how, method, count, draw, lr
             if key in done: continue

@@ -68,7 +68,6 @@ class Ensemble(OnGraph):
     temperature:float=.3 # below 1: sharpen the probabilities
     balance:str='sinkhorn' # match the class shares in `prior`; None: do not
     prior:object='auto' # class shares: the given 'labels', 'uniform', one number per class, or 'auto': see `views.shares`
-    zeta:bool=False # class weights; matched class shares need none
     backbone:torch.nn.Module=None # another network or `RawInput()`, whose features may be the view
 
     _constraints = constraints | dict(prior=_auto, trust=constraints['gamma'])
