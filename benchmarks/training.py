@@ -84,8 +84,8 @@ class Items:
 
 
 def repeated(y, bs, labeled_bs):
-    "Indices of the labeled items for as many batches as there are two-stream batches in an epoch"
-    return np.resize(np.flatnonzero(y >= 0), -(-(y < 0).sum()//(bs-labeled_bs))*bs)
+    "Indices of the labeled items for as many batches as there are two-stream batches in an epoch, the last incomplete one dropped"
+    return np.resize(np.flatnonzero(y >= 0), (y < 0).sum()//(bs-labeled_bs)*bs)
 
 
 def head_learner(data, y, labeled_only, bs=64, labeled_bs=32):

@@ -100,6 +100,18 @@ def test_too_few_labels_to_tell():
     torch.testing.assert_close(shares(np.full((4, 2), .5), y, o), torch.tensor([1/3, 2/3], dtype=torch.float64))
 
 
+def test_with_one_label_per_class_all_views_count():
+    x, truth, y = clusters(per_class=1, spread=3.)
+    noise = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    views = dict(a=View(x), b=View(noise))
+    kept, P = fixed_view(views, y), [view(y) for view in views.values()]
+    expected = np.sqrt((P[0]+1e-6)*(P[1]+1e-6))
+    np.testing.assert_allclose(kept['P'], expected/expected.sum(1, keepdims=True), atol=1e-5)
+    similarity = sum(F.normalize(torch.from_numpy(o.features)) @ F.normalize(torch.from_numpy(o.features)).T for o in views.values())
+    torch.testing.assert_close(kept['feats'] @ kept['feats'].T, similarity/2, rtol=1e-4, atol=1e-4)
+    assert kept['name'] == 'a and b'
+
+
 # The labeler
 
 def test_the_formula():
