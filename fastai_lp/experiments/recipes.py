@@ -81,7 +81,7 @@ def of(self:Recipe,
     return replace(self, lr=self.lr[method] if isinstance(self.lr, dict) else self.lr, **weights)
 
 # %% ../../nbs/experiments/08_recipes.ipynb #bc3a1374
-_digits_lr = dict(supervised=3e-3, network=3e-4, gtg=1e-2, lp=1e-2, strong=1e-2, mt=3e-2, fixmatch=3e-3, diffusion=0.)
+_digits_lr = dict(supervised=3e-3, network=3e-4, gtg=1e-2, lp=1e-2, strong=3e-2, mt=3e-2, fixmatch=3e-3, diffusion=0.)
 _digits_lr |= {'mt+lp': 3e-2, 'lp+fixmatch': 1e-2}
 _digits = Recipe('small', l2=False, optimizer='adam', schedule='one_cycle', lr=_digits_lr, wd=.01, bs=64, labeled_bs=32,
     stage1=5, stage2=15, baselines_go_on=True, k=None, threads=1)
