@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import f as f_distribution
+from scipy.stats import entropy, f as f_distribution
 
 from .balance import class_prior
 from .diffusion import diffuse
@@ -102,6 +102,9 @@ def shares(
     o:LeftOut, # from `left_out`; None: nothing was left out
 )->torch.Tensor: # float64 [c], sums to 1; None: unknown
     "Class shares of the unlabeled items: those of the labels, unless these show that they are others"
-    if o is None or same_shares(o) is not False: return class_prior('labels', y, P.shape[1]).cpu()
+    given, free = class_prior('labels', y, P.shape[1]).cpu(), P[(y < 0).cpu().numpy()]
+    predicted = np.bincount(free.argmax(1), minlength=P.shape[1])
+    least = .05 if (y >= 0).sum() >= 4*P.shape[1] else .1  # a small difference is no reason to do without shares
+    if o is None or entropy(predicted, given.numpy()) < least or same_shares(o) is not False: return given
     counts = torch.bincount(y[y >= 0])
-    return None if (counts == counts[0]).all() else torch.from_numpy(P[(y < 0).cpu().numpy()].mean(0))
+    return None if (counts == counts[0]).all() else torch.from_numpy(free.mean(0))
