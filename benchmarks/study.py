@@ -28,8 +28,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 from fastai_lp.experiments.datasets import digits
 from fastai_lp.experiments.readers import cifar10
 from fastai_lp.experiments.recipes import RECIPES, Recipe

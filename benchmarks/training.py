@@ -129,8 +129,7 @@ def restricted(data, t):
 def from_scratch(images, method, draw, lr):
     "Errors of the epochs, accuracy of the pseudo-labels"
     recipe = replace(RECIPES['digits'], **({} if lr is None else dict(lr=lr)))
-    with tempfile.TemporaryDirectory() as out:
-        res = run_method(images, method, recipe, out, seed=draw, keep=(), device='cpu', bar=False)
+    with tempfile.TemporaryDirectory() as out: res = run_method(images, method, recipe, out, seed=draw, keep=(), device='cpu', bar=False)
     return [o['error_rate'] for stage in res['stages'] for o in stage], [o['accuracy'] for o in res['history']]
 
 
@@ -143,7 +142,8 @@ def fitted(layer, data, shown, truth, method, draw, lr):
         if layer == 'head': learn.fit_one_cycle(10, lr, cbs=cbs)
         else: learn.fine_tune(8, lr, freeze_epochs=1, cbs=cbs)
     place = learn.recorder.metric_names[1:].index('error_rate')
-    return [o[place] for o in learn.recorder.values], [o['accuracy'] for o in learn.lp_record.history] if hasattr(learn, 'lp_record') else []
+    history = learn.lp_record.history if hasattr(learn, 'lp_record') else []
+    return [o[place] for o in learn.recorder.values], [o['accuracy'] for o in history]
 
 
 def run(layer, data, condition, method, labels, draw, lr):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from sklearn.datasets import load_digits
 from torch import nn
 
 from conftest import blob_learner, blobs
@@ -81,6 +82,20 @@ def test_shares_that_the_labels_do_not_show(seed):
     o = left_out(view, y)
     assert same_shares(o) is False
     assert shares(view(y), y, o) is None
+
+
+@pytest.mark.parametrize('per_class', [2, 4, 10])
+def test_balanced_classes_that_are_easy_to_tell_apart(per_class):
+    "A difference that is certain but small is no reason to do without shares"
+    x, truth = load_digits(return_X_y=True)
+    view = View(x.astype(np.float32))
+    found = []
+    for seed in range(15):
+        rng, y = np.random.default_rng(seed), torch.full((len(x),), -1)
+        shown = np.concatenate([rng.permutation(np.flatnonzero(truth == c))[:per_class] for c in range(10)])
+        y[shown] = torch.from_numpy(truth[shown])
+        found.append(shares(view(y), y, left_out(view, y)))
+    assert sum(o is None for o in found) <= 1
 
 
 def test_shares_of_a_random_sample():

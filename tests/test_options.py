@@ -12,7 +12,6 @@ from torch import nn
 from conftest import Mark, Stop, blob_learner, blobs, flat_weights, same_run
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.features import Extractor
-from fastai_lp.learner.layers import Thumbnail
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
 from fastai_lp.learner.mixing import StreamMixUp
 from fastai_lp.learner.resume import ResumeCallback

@@ -118,8 +118,7 @@ def lp_callback(
     if isinstance(tfms, dict): tricks['unlabeled_tfms'] = strong_tfms(**tfms)
     if features.get('backbone') == 'thumbnail': features = features | dict(backbone=Thumbnail())
     if recipe.augment_descriptors: features = features | dict(augment=True)
-    if method == 'strong':
-        return LPCallback.strong(truth=truth, features=Extractor(**features), **tricks)
+    if method == 'strong': return LPCallback.strong(truth=truth, features=Extractor(**features), **tricks)
     labeler = _labeler(method, recipe)
     own = {o.name for o in fields(labeler)} & tricks.keys()
     labeler = replace(labeler, **{o: tricks.pop(o) for o in own})

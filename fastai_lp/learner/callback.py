@@ -88,7 +88,8 @@ def strong(cls:LPCallback,
 ):
     """The recommended recipe, which goes beyond the paper.
 
-    Class shares of the unlabeled items are those of the labels, unless left-out labels contradict. If you know them, pass them as `prior=`."""
+    Class shares of the unlabeled items are those of the labels, unless left-out labels contradict. If you know the shares,
+    pass them as `prior=`."""
     own = {o.name for o in dataclass_fields(Ensemble)} & changes.keys()
     if 'labeler' not in changes: changes['labeler'] = Ensemble(**{'backbone': RawInput()} | {o: changes.pop(o) for o in own})
     return cls(**dict(unlabeled_tfms=True, mixup=True) | changes)

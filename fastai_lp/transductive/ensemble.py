@@ -9,7 +9,6 @@ __all__ = ['fixed_view', 'kept_variance', 'Ensemble']
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
