@@ -152,6 +152,12 @@ def test_the_formula():
     assert torch.equal(p.labels[y >= 0], y[y >= 0])
 
 
+def test_without_trust_the_graph_does_not_count():
+    x, _, y = clusters(spread=3.)
+    p = Ensemble(trust=0., balance=None)(x, logits_of(y), y)
+    torch.testing.assert_close(p.Z[y < 0].double(), Ensemble(balance=None).sharpened(View_P(x, y), y, None)[y < 0], atol=1e-4, rtol=0)
+
+
 def test_the_network_counts_once_it_is_trained():
     x, _, y = clusters(spread=3.)
     labeler = Ensemble()
@@ -177,7 +183,7 @@ def test_balanced_shares():
 def View_P(x, y): return torch.from_numpy(View(x)(y)).float()
 
 
-@pytest.mark.parametrize('bad', [dict(prior='none'), dict(prior=[1, 0]), dict(trust=0), dict(temperature=0), dict(alpha=1.), dict(k=0)])
+@pytest.mark.parametrize('bad', [dict(prior='none'), dict(prior=[1, 0]), dict(trust=-1), dict(temperature=0), dict(alpha=1.), dict(k=0)])
 def test_invalid_settings(bad):
     with pytest.raises(ValueError, match=f'{[*bad][0]} must be'): Ensemble(**bad)
 

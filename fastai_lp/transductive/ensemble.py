@@ -21,7 +21,7 @@ from .probe import clamped, distributions, log_mean
 from .propagate import build_graph
 from .pseudo import PseudoLabels
 from .scoring import from_scores
-from .settings import Constraint, as_floats, as_rows, check_labels, constraints, defaults
+from .settings import Constraint, as_floats, as_rows, check_labels, constraints, defaults, number
 from .views import View, left_out, log_likelihood, shares
 
 # %% ../../nbs/transductive/15_ensemble.ipynb #5cdc9861
@@ -69,7 +69,7 @@ class Ensemble(OnGraph):
     prior:object='auto' # class shares: the given 'labels', 'uniform', one number per class, or 'auto': see `views.shares`
     backbone:torch.nn.Module=None # another network or `RawInput()`, whose features may be the view
 
-    _constraints = constraints | dict(prior=_auto, trust=constraints['gamma'])
+    _constraints = constraints | dict(prior=_auto, trust=number('of at least 0', lambda o: o >= 0))
 
 # %% ../../nbs/transductive/15_ensemble.ipynb #c3e3d460
 def _averaged(P, logits):
