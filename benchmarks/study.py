@@ -9,8 +9,8 @@ The preset was designed on seeds from 100 on.
 
 digits: 20 labels of 1,347 training items, 450 test items, the recipe of `lp_train digits`. cifar10: 250 labels of
 5,000 training images, 2,000 test images; the small network with a first stride of 2, Adam, one cycle per stage: 60
-epochs on the labels (300 steps), 6 with pseudo-labels (570 steps), batches of 50 + 50. Parts are left out on the digits
-here and of heads on photographs by training.py.
+epochs on the labels (300 steps), 6 with pseudo-labels (570 steps), batches of 50 + 50. Parts are left out on the
+digits only.
 
 Rows of ideas that are added alone were made with commit 8e89eaf; some are of options that were removed because of these
 results. Reproduces the remaining rows:

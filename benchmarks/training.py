@@ -11,8 +11,8 @@ The condition "junk" has 40 % of unlabeled items that belong to no class, "skew"
 labels each; see real_data.py. The test set has the known classes, in equal shares.
 
 `supervised` sees as many batches of the same size, all labeled. Rates were chosen with --tune, on draws from 100 on and with
-other photographs. Lines that are in the file are skipped; a run of "fine" takes five to eight minutes. Reproduces
-results/real/training.jsonl:
+other photographs. Lines that are in the file are skipped; a run of "fine" takes 6 to 13 minutes. Heads have no
+FixMatch, which needs augmentation. Reproduces results/real/training.jsonl:
 
     FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py head
     FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py head --data sentences --labels 10
@@ -161,7 +161,7 @@ def run(layer, data, condition, method, labels, draw, lr):
 def main(
     layer:str, # head, fine or scratch
     data:str='photos', # of a head: photos or sentences
-    methods:str='supervised,network,mt,fixmatch,lp+fixmatch,lp,strong', # separated by commas
+    methods:str=None, # separated by commas; all that have a rate if not given
     labels:str=None, # per class, separated by commas; 1,4,10,25 for a head, 10 for fine, 2 for scratch
     draws:str='0-4', # range of the draws
     condition:str='plain', # plain, junk, skew, separated by commas
@@ -177,10 +177,11 @@ def main(
     data, seed = 'digits' if layer == 'scratch' else data, TUNING_IMAGES if tune else IMAGES
     if layer == 'head': found = rows(data, cache, seed)
     else: found = images(Path(os.environ.get('FASTAI_LP_DATA', '.')), seed) if layer == 'fine' else digits()
+    known = RATES.get(layer, dict.fromkeys(['supervised', 'lp', 'strong']))  # None: the rate of the recipe
     counts = [int(o) for o in (labels or dict(head='1,4,10,25', fine='10', scratch='2')[layer]).split(',')]
-    for draw, how, count, method in product(range(first, last+1), condition.split(','), counts, methods.split(',')):
-        best = None if layer == 'scratch' else RATES[layer][method.partition(':')[0]]  # None: that of the recipe
-        for lr in map(float, tune.split(',')) if tune else [best]:
+    methods = methods.split(',') if methods else known
+    for draw, how, count, method in product(range(first, last+1), condition.split(','), counts, methods):
+        for lr in map(float, tune.split(',')) if tune else [known[method.partition(':')[0]]]:
             key = layer, data, how, method, count, draw, lr
             if key in done: continue
             res = run(layer, found, how, method, count, draw, lr)

@@ -104,6 +104,7 @@ def test_pseudo_labels_of_an_ensemble_can_be_saved(tmp_path):
     pd.testing.assert_frame_equal(back.to_df(), interp.to_df())
     assert back.history == interp.history
 
+
 def test_errors_have_names_and_the_most_certain_come_first():
     p = fitted()[0].lp_record.pseudo
     wrong = [5, 70, 71]  # item 5 is labeled

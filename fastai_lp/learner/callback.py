@@ -9,7 +9,7 @@ __all__ = ['LPCallback', 'LPFit']
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import fields as dataclass_fields, replace
+from dataclasses import fields, replace
 from functools import partial
 
 import torch
@@ -90,7 +90,7 @@ def strong(cls:LPCallback,
 
     Class shares of the unlabeled items are those of the labels, unless left-out labels contradict. If you know the shares,
     pass them as `prior=`."""
-    own = {o.name for o in dataclass_fields(Ensemble)} & changes.keys()
+    own = {o.name for o in fields(Ensemble)} & changes.keys()
     if 'labeler' not in changes: changes['labeler'] = Ensemble(**{'backbone': RawInput()} | {o: changes.pop(o) for o in own})
     return cls(**dict(unlabeled_tfms=True, mixup=True) | changes)
 
