@@ -54,8 +54,8 @@ from fastai_lp.transductive.labelers import NetworkPrediction
 from fastai_lp.utils.files import append_json_line, read_json_lines
 
 TUNING_IMAGES, IMAGES = 77, 10  # seeds of the photographs
-RATES = dict(head=dict(supervised=1e-2, network=3e-4, mt=1e-3, lp=1e-3, strong=3e-3),  # best of --tune
-    fine=dict(supervised=2e-3, fixmatch=4e-3, lp=4e-3, strong=4e-3) | {'lp+fixmatch': 4e-3})
+RATES = dict(head=dict(supervised=1e-2, network=3e-4, mt=1e-3, lp=3e-4, strong=1e-3),  # best of --tune
+    fine=dict(supervised=4e-3, mt=4e-3, fixmatch=4e-3, lp=4e-3, strong=4e-3) | {'lp+fixmatch': 4e-3})
 
 
 def callbacks(method, layer, truth):
@@ -90,7 +90,7 @@ def repeated(y, bs, labeled_bs):
 
 def head_learner(data, y, labeled_only, bs=64, labeled_bs=32):
     own, c = repeated(y, bs, labeled_bs) if labeled_only else np.arange(len(y)), int(data.y.max())+1
-    dls = DataLoaders.from_dsets(Items(data.x[own], y[own]), Items(data.new_x, data.new_y), bs=bs, device='cpu')
+    dls = DataLoaders.from_dsets(Items(data.x[own], y[own]), Items(data.new_x, data.new_y), bs=bs, device='cpu', num_workers=0)
     dls.c = c
     head = nn.Sequential(*LinBnDrop(data.x.shape[1], 512, p=.25, act=nn.ReLU()), *LinBnDrop(512, c, p=.5))
     return Learner(dls if labeled_only else semi_dls(dls, labeled_bs), head, CrossEntropyLossFlat(), metrics=error_rate)
