@@ -12,13 +12,14 @@ labels each; see real_data.py. The test set has the known classes, in equal shar
 
 `supervised` sees as many batches of the same size, all labeled. The error of Mean Teacher (mt) is the teacher's. Rates were
 chosen with --tune, on draws from 100 on and with other photographs. Lines that are in the file are skipped; a run of "fine"
-takes 6 to 13 minutes. Heads have no FixMatch, which needs augmentation. Reproduces results/real/training.jsonl:
+takes 6 to 13 minutes. Heads have no FixMatch, which needs augmentation. Reproduces results/real/training.jsonl, after
+`export FASTAI_LP_DATA=folder OMP_NUM_THREADS=1`:
 
-    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py head
-    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py head --data sentences --labels 10
-    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py head --labels 10 --condition junk,skew --methods supervised,lp,strong
-    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py scratch --condition junk,skew --draws 0-9
-    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/training.py fine --draws 0-2"""
+    python benchmarks/training.py fine --draws 0-2
+    python benchmarks/training.py head
+    python benchmarks/training.py head --data sentences --labels 10
+    python benchmarks/training.py head --labels 10 --condition junk,skew --methods supervised,lp,strong
+    python benchmarks/training.py scratch --condition junk,skew --draws 0-9"""
 import json
 import os
 import tempfile
