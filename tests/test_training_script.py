@@ -1,11 +1,15 @@
 "`benchmarks/training.py` at tiny size: its tasks are what they say, and all methods take equal steps."
 import importlib
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+
+from fastai_lp.utils.files import read_json_lines
 
 
 @pytest.fixture
@@ -62,3 +66,16 @@ def test_equal_steps(script, data, monkeypatch):
         assert len(found['right']) == (10 if method not in ('supervised', 'mt') else 0)
     assert len(set(steps.values())) == 1
     assert set(steps) == set(methods)
+
+
+@pytest.mark.parametrize('layer', ['head', 'fine'])
+def test_learning_rates_are_the_best_of_the_grid(script, layer):
+    error = defaultdict(lambda: defaultdict(dict))
+    for _, o in read_json_lines(script.Path(script.__file__).parent/'results/real/tune.jsonl'):
+        if o['layer'] == layer and o['labels'] == 10: error[o['method']][o['lr']][o['draw']] = o['error']
+    assert {'supervised', 'lp', 'strong'} <= error.keys() <= script.RATES[layer].keys()
+    for method, rates in error.items():
+        most = max(map(len, rates.values()))
+        found = {lr: mean(o.values()) for lr, o in rates.items() if len(o) == most}
+        assert len(found) >= 2 and min(found, key=found.get) == script.RATES[layer][method]
+        if layer == 'head': assert most == 3 and min(found) < script.RATES[layer][method] < max(found)
