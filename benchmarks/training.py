@@ -16,9 +16,8 @@ takes 6 to 13 minutes. Heads have no FixMatch, which needs augmentation. Reprodu
 `export FASTAI_LP_DATA=folder OMP_NUM_THREADS=1`:
 
     python benchmarks/training.py fine --draws 0-2
-    python benchmarks/training.py head --labels 10
-    python benchmarks/training.py head --labels 4,25 --methods supervised,lp,strong
-    python benchmarks/training.py head --labels 10 --methods supervised,lp,strong --data sentences
+    python benchmarks/training.py head
+    python benchmarks/training.py head --labels 10 --data sentences
     python benchmarks/training.py head --labels 10 --methods supervised,lp,strong --condition junk,skew
     python benchmarks/training.py scratch --condition junk,skew --draws 0-9"""
 import json
@@ -166,7 +165,7 @@ def main(
     layer:str, # head, fine or scratch
     data:str='photos', # of a head: photos or sentences
     methods:str=None, # separated by commas; all that have a rate if not given
-    labels:str=None, # per class, separated by commas; 1,4,10,25 for a head, 10 for fine, 2 for scratch
+    labels:str=None, # per class, separated by commas; 4,10,25 for a head, 10 for fine, 2 for scratch
     draws:str='0-4', # range of the draws
     condition:str='plain', # plain, junk, skew, separated by commas
     tune:str=None, # learning rates, separated by commas, instead of the best ones; for draws from 100 on
@@ -182,7 +181,7 @@ def main(
     if layer == 'head': found = rows(data, cache, seed)
     else: found = images(Path(os.environ.get('FASTAI_LP_DATA', '.')), seed) if layer == 'fine' else digits()
     known = RATES.get(layer, dict.fromkeys(['supervised', 'lp', 'strong']))  # None: the rate of the recipe
-    counts = [int(o) for o in (labels or dict(head='1,4,10,25', fine='10', scratch='2')[layer]).split(',')]
+    counts = [int(o) for o in (labels or dict(head='4,10,25', fine='10', scratch='2')[layer]).split(',')]
     methods = methods.split(',') if methods else known
     for draw, how, count, method in product(range(first, last+1), condition.split(','), counts, methods):
         for lr in map(float, tune.split(',')) if tune else [known[method.partition(':')[0]]]:
