@@ -12,13 +12,15 @@ labels each; see real_data.py. The test set has the known classes, in equal shar
 
 `supervised` sees as many batches of the same size, all labeled. The error of Mean Teacher (mt) is the teacher's. Rates were
 chosen with --tune, on draws from 100 on and with other photographs. Lines that are in the file are skipped; a run of "fine"
-takes 6 to 13 minutes. Heads have no FixMatch, which needs augmentation. Reproduces results/real/training.jsonl, after
+takes 6 to 18 minutes. Heads have no FixMatch, which needs augmentation. Reproduces results/real/training.jsonl, after
 `export FASTAI_LP_DATA=folder OMP_NUM_THREADS=1`:
 
     python benchmarks/training.py fine --draws 0-2
     python benchmarks/training.py head
     python benchmarks/training.py head --labels 10 --data sentences
     python benchmarks/training.py head --labels 10 --methods supervised,lp,strong --condition junk,skew
+    python benchmarks/training.py head --labels 10 --methods strong:trust=0,strong:backbone=null,strong:balance=null
+    python benchmarks/training.py head --labels 10 --methods strong:temperature=1,strong:omega=false,strong:mixup=null
     python benchmarks/training.py scratch --condition junk,skew --draws 0-9"""
 import json
 import os
@@ -183,6 +185,8 @@ def main(
     known = RATES.get(layer, dict.fromkeys(['supervised', 'lp', 'strong']))  # None: the rate of the recipe
     counts = [int(o) for o in (labels or dict(head='4,10,25', fine='10', scratch='2')[layer]).split(',')]
     methods = methods.split(',') if methods else known
+    unknown = [o for o in methods if o.partition(':')[0] not in known]
+    if unknown and not tune: raise SystemExit(f"no learning rate is known for {', '.join(unknown)}: find it with --tune")
     for draw, how, count, method in product(range(first, last+1), condition.split(','), counts, methods):
         for lr in map(float, tune.split(',')) if tune else [known[method.partition(':')[0]]]:
             key = layer, data, how, method, count, draw, lr
