@@ -196,13 +196,13 @@ class Others(Callback):
     "Makes a DataLoader for other data in each batch"
     def __init__(self): self.found = []
     def before_batch(self):
-        if self.training: self.found.append(self.learn.dls.train.new(self.learn.dls.valid_ds, shuffle=False))
+        if self.training: self.found.append(self.learn.dls.train.new(self.learn.dls.valid_ds, shuffle=False, bs=3))
 
 
 def test_other_data_within_an_epoch(path):
     learn = fit(loaders(path), LPCallback(), cbs=[others := Others()])
     assert others.found
-    expected = learn.dls.train.new(learn.dls.valid_ds, shuffle=False).one_batch()[1]
+    expected = learn.dls.train.new(learn.dls.valid_ds, shuffle=False, bs=3).one_batch()[1]
     for dl in others.found: assert torch.equal(dl.one_batch()[1], expected)
 
 
