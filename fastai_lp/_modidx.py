@@ -600,6 +600,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_lp.learner.cache._Packer': ('learner/cache.html#_packer', 'fastai_lp/learner/cache.py'),
                                          'fastai_lp.learner.cache._Packer.reducer_override': ( 'learner/cache.html#_packer.reducer_override',
                                                                                                'fastai_lp/learner/cache.py'),
+                                         'fastai_lp.learner.cache._makes_items': ( 'learner/cache.html#_makes_items',
+                                                                                   'fastai_lp/learner/cache.py'),
                                          'fastai_lp.learner.cache._random_numbers': ( 'learner/cache.html#_random_numbers',
                                                                                       'fastai_lp/learner/cache.py'),
                                          'fastai_lp.learner.cache._spread': ('learner/cache.html#_spread', 'fastai_lp/learner/cache.py'),

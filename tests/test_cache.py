@@ -35,8 +35,7 @@ def path(tmp_path_factory):
     for i in range(36):
         folder = res/(f'train/{i % 3}' if i < 12 else 'unsup')
         folder.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((300+i, 240))
-        coarse.save(folder/f'{i:02d}.jpg', quality=90)
+        Image.fromarray(rng.integers(0, 256, (240, 300+i, 3), dtype=np.uint8)).save(folder/f'{i:02d}.jpg', quality=95)
     return res
 
 

@@ -116,22 +116,24 @@ def fixed_item(
 def size_if_fixed(
     make, # function of the item number
     idxs, # a sample of the items; those that cannot be read are left out
-)->float: # mean size in bytes; 0: items are random, or made faster than they are read from the memory
+    least:float=2e-4, # seconds that an item takes at least
+)->float: # mean size in bytes; 0: items are random, or made about as fast as they are read from the memory
     "The size of items that are worth keeping"
-    sizes, made, read = [], 0, 0
+    sizes, made, read = [], [], []
     with no_random():
         for i in idxs:
             start = time.perf_counter()
             try: o = make(i)
             except Exception: continue
-            made += time.perf_counter()-start
+            made.append(time.perf_counter()-start)
+            if made[0] < least: return 0
             once, again = (fixed_item(make, i)[1] for _ in range(2))
             if once is None or once != again: return 0
             start = time.perf_counter()
             pickle.loads(once)
-            read += time.perf_counter()-start
+            read.append(time.perf_counter()-start)
             sizes.append(len(once))
-    return np.mean(sizes) if made > 2*read else 0
+    return np.mean(sizes) if sizes and np.median(made) > 2*np.median(read) else 0
 
 # %% ../../nbs/learner/08_cache.ipynb #c1a0e014
 def not_augmented(
@@ -179,6 +181,12 @@ class ItemCache:
 def _spread(rows, m): return rows[np.linspace(0, len(rows)-1, min(m, len(rows))).astype(int)].tolist()
 
 
+def _makes_items(dl):
+    "Whether a DataLoader makes its batches of single items, as most do"
+    own = 'create_batches', 'do_item'
+    return all(getattr(type(dl), o) is getattr(DataLoader, o) for o in own) and not vars(dl).keys() & {*own}
+
+
 @patch
 def prepare(self:ItemCache,
     dl:DataLoader, # for training
@@ -191,6 +199,7 @@ def prepare(self:ItemCache,
     self.dataset, self.labeled, self.store, n = dl.dataset, labeled, None, len(labeled)
     room = free_memory()//(4*processes) if self.max_bytes is None else self.max_bytes
     if not room: return
+    if not _makes_items(dl): return
     sample = sorted(_spread(np.flatnonzero(labeled), 16) + _spread(np.flatnonzero(~labeled), 16))
     self.sizes = dict(images=size_if_fixed(dl.create_item, sample))
     with not_augmented(dl.dataset): self.sizes['inputs'] = size_if_fixed(InputOf(dl), sample)
