@@ -112,7 +112,7 @@ def fixed_item(
     try: return o, packed(o)
     except Exception: return o, None
 
-
+# %% ../../nbs/learner/08_cache.ipynb #c1a0e01c
 def size_if_fixed(
     make, # function of the item number
     idxs, # a sample of the items; those that cannot be read are left out
@@ -207,7 +207,7 @@ def prepare(self:ItemCache,
     try: self.store = Store(2*n, min(room, int(1.5*n*sum(self.sizes.values()))), self.folder)
     except OSError as e: warnings.warn(f"decoded images are not kept: {e}")
 
-
+# %% ../../nbs/learner/08_cache.ipynb #c1a0e021
 @patch
 def spare(self:ItemCache):
     "Bytes for the labeled images that are not there yet"
@@ -247,7 +247,7 @@ class _Kept:
         for k in (self.name, 'new'): vars(self.dl).pop(k, None)
         vars(self.dl).update(self.own)
 
-
+# %% ../../nbs/learner/08_cache.ipynb #c1a0e023
 @patch
 def use(self:ItemCache,
     kind:str, # images or inputs
