@@ -64,7 +64,8 @@ def measure(path, workers, repeats, epochs, cache, bs=64):
         found, learn = seconds(semi, epochs+1, [LPCallback(cache=cache)])
         ratios.append(median(found[1:])/base)
         first.append(found[0]/base)
-        print(f'{workers} workers: plain {base:.1f} s, LPCallback {", ".join(f"{o:.1f}" for o in found)} s, ratio {ratios[-1]:.2f}', flush=True)
+        times = ', '.join(f'{o:.1f}' for o in found)
+        print(f'{workers} workers: plain {base:.1f} s, LPCallback {times} s, ratio {ratios[-1]:.2f}', flush=True)
     return dict(ratio=ratios, first=first, cached=learn.lp_record.history[-1].get('cached'))
 
 
@@ -82,6 +83,7 @@ def main(
     with tempfile.TemporaryDirectory() as d:
         write_images(Path(d), n, labeled, 10)
         found = {w: measure(Path(d), int(w), repeats, epochs, cache) for w in workers.split(',')}
-    for w, o in found.items(): print(f"{w} workers: {median(o['ratio']):.2f} times a plain epoch ({min(o['ratio']):.2f} to {max(o['ratio']):.2f}), "
-        f"the first epoch {median(o['first']):.2f}; kept {o['cached']}")
+    for w, o in found.items():
+        print(f"{w} workers: {median(o['ratio']):.2f} times a plain epoch ({min(o['ratio']):.2f} to {max(o['ratio']):.2f}), "
+            f"the first epoch {median(o['first']):.2f}; kept {o['cached']}")
     Path(out).write_text(json.dumps(dict(images=n, labeled=labeled, workers=found), indent=1) + '\n')
