@@ -33,7 +33,7 @@ from fastai_lp.learner import features, losses
 from fastai_lp.transductive import diffusion, graph, neighbors
 from fastai_lp.utils.files import checked, read_json_lines, read_npz
 
-TIMES = 'sec', 'seconds', 'lp_sec', 'time', 'values'  # the Recorder's `values` include seconds, and the .jsonl file has the rest
+TIMES = 'sec', 'seconds', 'lp_sec', 'time', 'cached', 'values'  # the Recorder's `values` include seconds, and the .jsonl file has the rest
 
 
 def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)

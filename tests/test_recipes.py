@@ -43,7 +43,7 @@ def plain(data, tmp_path_factory): return run(data, 'lp', FEW, tmp_path_factory.
 def figures(run, stages=slice(None)):
     "Everything that must be equal in equal runs: all but durations"
     def without(rows, *times): return [{k: v for k, v in row.items() if k not in times} for row in rows]
-    metrics, history = [without(o, 'lp_sec', 'sec') for o in run['stages'][stages]], without(run['history'], 'sec', 'seconds')
+    metrics, history = [without(o, 'lp_sec', 'sec') for o in run['stages'][stages]], without(run['history'], 'sec', 'seconds', 'cached')
     return str(metrics if stages == slice(1) else (metrics, history, run['error_rate'], run['top5_error'], run['kept']))
 
 

@@ -411,7 +411,7 @@ class Kill(StopInFit):
 name, path, fit, event, epoch, seed = sys.argv[1:]
 extra = [] if path.endswith('through') else [ResumeCallback(Path(path)/'run.pth'), Kill(int(fit), event, int(epoch))]
 learn, seen = course(name, Path(path), extra, seed=int(seed))
-history = [{{k: v for k, v in row.items() if k not in ('sec', 'seconds')}} for row in learn.lp_record.history]
+history = [{{k: v for k, v in row.items() if k not in ('sec', 'seconds', 'cached')}} for row in learn.lp_record.history]
 teacher = learn.mt_record.teacher.state_dict()
 losses = list(map(float, learn.recorder.losses))
 torch.save(dict(seen=[list(o[:2]) for o in seen], history=history, losses=losses, teacher=teacher), sys.argv[2]+'.end')
