@@ -222,3 +222,16 @@ def test_network_prediction_is_the_softmax():
     p = NetworkPrediction()(x, logits, y)
     assert torch.equal(p.Z, logits.softmax(1))
     assert torch.equal(p.labels[y < 0], logits.argmax(1)[y < 0])
+
+
+def test_a_labeler_with_more_attributes():
+    "A subclass may keep what it likes, such as the features of each epoch"
+    class Recording(Diffusion):
+        def __call__(self, feats, logits, y):
+            self.seen = feats
+            return super().__call__(feats, logits, y)
+    x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+    y[9:] = -1
+    labeler = Recording(k=5)
+    assert torch.equal(labeler(x, torch.zeros(60, 3), y).Z, Diffusion(k=5)(x, torch.zeros(60, 3), y).Z)
+    assert labeler.seen is x

@@ -7,7 +7,7 @@ __all__ = ['OnGraph', 'Diffusion', 'NetworkPrediction', 'Played', 'replicator', 
 
 # %% ../../nbs/transductive/10_labelers.ipynb #791b6d68
 import time
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ class Diffusion(OnGraph):
         y:torch.Tensor, # int [n], negative if unlabeled
     )->PseudoLabels:
         "Call `propagate` with these settings"
-        settings = {o: v for o, v in vars(self).items() if o not in ('omega', 'zeta')}
+        settings = {o.name: getattr(self, o.name) for o in fields(Diffusion) if o.name not in ('omega', 'zeta')}
         return self._ablated(propagate(feats, y, logits.shape[1], **settings))
 
 # %% ../../nbs/transductive/10_labelers.ipynb #b033145c
