@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from fastai.torch_core import progress_bar
 
 from ..utils.distributed import from_first, level, mean_of, share_batches, unwrapped, work_shared
-from ..utils.progress import reporting
+from ..utils.progress import reporting, shows_bars
 from ..transductive.advice import advice, memory_advice
 from ..transductive.ensemble import Ensemble
 from ..transductive.labelers import Diffusion
@@ -273,7 +273,7 @@ def _bars(parent, show):
             bar.comment = what
             bar.update(0)
         bars[what, total].update(done)
-    with reporting(report if show else None): yield
+    with reporting(report if show and shows_bars() else None): yield
 
 
 @patch

@@ -24,6 +24,7 @@ from fastai.torch_core import get_random_states, progress_bar, set_random_states
 
 from ..utils.distributed import gathered, share_of, unwrapped
 from ..utils.files import reserve
+from ..utils.progress import shows_bars
 from ..transductive.settings import check, number, optional, rows_not_finite
 from .cache import ItemCache, not_augmented
 from .layers import find_feature_layer
@@ -169,7 +170,7 @@ def __call__(self:Extractor,
     dl:DataLoader=None, # fastai DataLoader; None: the training one
     progress:float=0., # share of the fit that is done, in [0, 1]: the weight of a joined backbone falls with it
     parent=None, # master progress bar to show progress under
-    show:bool=False, # show a progress bar
+    show:bool=False, # show a progress bar, if the output is not a file
     also:nn.Module=None, # another network: return its features too
     cache:ItemCache=None, # prepared for the same dataset; None: every item is made again
 )->Features: # with `also`: (Features, float32 [n, e], ℓ2-normalized)
@@ -189,7 +190,7 @@ def __call__(self:Extractor,
         own = idxs[slice(*share_of(len(idxs)))]
         dl.get_idxs, dl.n = lambda: own, len(own)
         if cache is not None and not self.augment: cache.use('inputs', dl, own)
-        bar = progress_bar(range(len(dl)), parent=parent, leave=False) if show else None
+        bar = progress_bar(range(len(dl)), parent=parent, leave=False) if show and shows_bars() else None
         done, rows = self._extract(learn, model, dl, own, where, backbone, weight, also, bar)
     done = gathered(torch.tensor([done]))[0].sum().item()  # gather before checking: all processes must raise the same error
     rows = gathered(*rows)
