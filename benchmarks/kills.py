@@ -27,8 +27,8 @@ import torch
 from fastcore.script import call_parse
 
 from fastai_lp.experiments import results
-from fastai_lp.experiments.commands import run_experiment
 from fastai_lp.experiments.recipes import RECIPES
+from fastai_lp.experiments.runs import run_experiment
 from fastai_lp.learner import features, losses
 from fastai_lp.transductive import diffusion, graph, neighbors
 from fastai_lp.utils.files import checked, read_json_lines, read_npz

@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastai_lp.experiments import commands
-from fastai_lp.experiments.commands import lp_train, run_experiment
+from fastai_lp.experiments import runs
+from fastai_lp.experiments.commands import lp_train
 from fastai_lp.experiments.figures import lp_figures
 from fastai_lp.experiments.recipes import RECIPES
 from fastai_lp.experiments.report import lp_tables
 from fastai_lp.experiments.results import plot_runs, read_lines, row_name, summarize, to_markdown
+from fastai_lp.experiments.runs import run_experiment
 from fastai_lp.utils.files import read_json_lines
 
 SMALL = replace(RECIPES['digits'], stage1=1, stage2=2, width=8)
@@ -83,6 +85,31 @@ def test_a_seed_decides_the_result(digits_runs, tmp_path):
     assert first['history'][-1]['accuracy'] == again['history'][-1]['accuracy']
 
 
+def without_seconds(run):
+    stages = [[{k: v for k, v in row.items() if not k.endswith('sec')} for row in o] for o in run['stages']]
+    history = [{k: v for k, v in row.items() if k not in ('sec', 'seconds')} for row in run['history']]
+    return run | dict(stages=stages, history=history, seconds=None)
+
+
+def test_the_number_of_processes_changes_no_result(digits_runs, tmp_path):
+    again = run_experiment('digits', 20, ['lp', 'supervised', 'diffusion'], [0, 1], SMALL, out=tmp_path, device='cpu', jobs=2)
+    assert list(map(without_seconds, again)) == list(map(without_seconds, digits_runs[0]))
+    assert sorted(read_lines(tmp_path/'digits.jsonl'), key=str) == sorted(json.loads(json.dumps(again)), key=str)
+
+
+def test_an_error_in_a_process_is_a_sentence(tmp_path):
+    for i in (0, 1): (tmp_path/f'digits-20-seed{i}-supervised-stage1.pth').write_bytes(b'x')
+    with pytest.raises(SystemExit, match='stage1.pth is truncated'):
+        lp_train('digits', methods='supervised', seeds=2, out=str(tmp_path), device='cpu', jobs=2)
+
+
+def test_a_log_file_has_a_line_per_run(tmp_path, capsys):
+    lp_train('digits', methods='diffusion', seeds=2, out=str(tmp_path), device='cpu')
+    printed = capsys.readouterr().out
+    assert re.search(r'^digits-20-seed1-diffusion: test error \d+\.\d%, \d+\.\d s \(2 of 2\)$', printed, re.M)
+    assert '\r' not in printed
+
+
 def test_other_settings_have_other_lines_and_files(tmp_path):
     def call(methods, **changes):
         return run_experiment('digits', 20, methods, [0], replace(SMALL, **changes), out=tmp_path, device='cpu')[0]
@@ -119,6 +146,23 @@ def test_a_killed_call_ends_with_the_same_bits(tmp_path):
         stages = [[{k: v for k, v in row.items() if not k.endswith('sec')} for row in o] for o in run['stages']]
         return stages, [(h['accuracy'], h['network_accuracy'], h['residual']) for h in run['history']], run['kept']
     assert figures('a') == figures('b')
+
+
+@pytest.mark.slow
+def test_an_interrupted_call_with_processes_continues(tmp_path):
+    options = '--methods', 'lp', '--seeds', '2', '--epochs', '1,5', '--jobs', '2', '--device', 'cpu'
+    def call(out): return [program('lp_train'), 'digits', *options, '--out', tmp_path/out]
+    subprocess.run(call('a'), check=True, capture_output=True)
+    with subprocess.Popen(call('b'), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while len([*(tmp_path/'b').glob('*stage2.pth')]) < 2 and process.poll() is None: time.sleep(.05)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)  # ends with the last process
+    assert process.returncode != 0
+    assert not [*(tmp_path/'b').glob('*.tmp')]
+    assert not (tmp_path/'b'/'digits.jsonl').exists()
+    subprocess.run(call('b'), check=True, capture_output=True)
+    a, b = ({r['name'] + r['method']: without_seconds(r) for r in read_lines(tmp_path/o/'digits.jsonl')} for o in 'ab')
+    assert a == b
 
 
 def test_two_programs_share_one_file(tmp_path):
@@ -284,7 +328,7 @@ def in_the_way(folder, kind):
     ('binary', 'line 1: this is not JSON'), ('other', 'line 1: this is not a run')])
 def test_results_that_cannot_be_written_stop_the_program_before_the_training(kind, match, tmp_path, monkeypatch):
     out = in_the_way(tmp_path, kind)
-    monkeypatch.setattr(commands, 'run_method', lambda *a, **k: pytest.fail('has trained'))
+    monkeypatch.setattr(runs, 'run_method', lambda *a, **k: pytest.fail('has trained'))
     with pytest.raises(SystemExit, match=match): lp_train('digits', methods='diffusion', seeds=1, out=str(out), device='cpu')
 
 

@@ -27,10 +27,10 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from conftest import Look, blob_learner, blob_model, blobs, quiet
-from fastai_lp.experiments.commands import run_experiment
 from fastai_lp.experiments.datasets import digits_folder
 from fastai_lp.experiments.models import small_convnet
 from fastai_lp.experiments.recipes import RECIPES
+from fastai_lp.experiments.runs import run_experiment
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.data import SemiCategorize, SemiCategoryBlock
