@@ -137,7 +137,7 @@ class _Experiment:
         data, splits = (None if o is None else str(o) for o in (data, self.split_file))
         return dict(dataset=dataset, data=data, splits=splits, n_train=n_train, n_test=n_test)
 
-
+# %% ../../nbs/experiments/11_runs.ipynb #7a0d0017
 @lru_cache(1)
 def _read_once(*source): return read_images(*source)
 def _in_child(experiment, *run): return experiment.run(_read_once(*experiment.source), *run, tick)
