@@ -19,6 +19,7 @@ from fastai.torch_core import default_device, progress_bar
 from fastcore.basics import num_cpus
 
 from ..utils.jobs import in_processes, tick
+from ..utils.memory import free_memory
 from ..utils.progress import shows_bars
 from ..transductive.neighbors import default_k
 from ..transductive.settings import check, integer, optional
@@ -158,7 +159,7 @@ def _n_jobs(jobs, chains, recipe, device):
     "Number of processes; a chain that trains nothing takes less time than starting one"
     if jobs is None:
         on_cpu = torch.device(default_device() if device is None else device).type == 'cpu'
-        jobs = num_cpus() if on_cpu and recipe.threads == 1 else 1
+        jobs = max(1, min(num_cpus(), free_memory()//2**30)) if on_cpu and recipe.threads == 1 else 1
     return min(jobs, sum(any(_epochs(method, recipe) for _, method in chain) for chain in chains))
 
 # %% ../../nbs/experiments/11_runs.ipynb #025aaf71
