@@ -93,7 +93,7 @@ def lp_train(
     augment_features:store_true=False, # extract features from augmented images, as the authors' program does
     bf16:store_true=False, # train in bfloat16
     channels_last:store_true=False, # use the channels_last memory format
-    jobs:int=None, # runs at the same time; default: one per CPU core for digits without a GPU, else 1
+    jobs:int=None, # runs at the same time; default: one per CPU core and free GB for digits without a GPU, else 1
 ):
     "Train with and without the unlabeled items, and compare. An interrupted call continues where it stopped"
     if labels is None: labels = dict(digits=20, cifar10=500).get(dataset, 4000)

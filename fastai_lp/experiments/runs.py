@@ -175,7 +175,7 @@ def run_experiment(
     n_test:int=None, # number of test images; None: all
     out='results', # folder for the results; each run adds a line to its `DATASET.jsonl`
     device=None, # None: the GPU if there is one
-    jobs:int=1, # processes; None: one per core if `recipe.threads` is 1 and there is no GPU. A script then needs `__main__`
+    jobs:int=1, # processes; None: see `lp_train`. With several, a script needs `if __name__ == "__main__"`
 )->list: # records of these runs, sorted by method
     "Run several methods on several splits"
     methods, splits, out = list(dict.fromkeys(methods)), list(dict.fromkeys(splits)), Path(out)
