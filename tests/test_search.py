@@ -50,7 +50,7 @@ def test_engines_and_shares(search, world):
     ref = brute(x, 9)
     assert torch.equal(idxs, ref.indices)
     torch.testing.assert_close(sims, ref.values, atol=1e-6, rtol=0)
-    assert sum(sizes) == 2*97
+    assert sum(sizes) == 3*97
 
 
 @pytest.mark.parametrize('n', [2, 3, 5, 8191])
@@ -69,7 +69,7 @@ def test_index_depends_on_size(monkeypatch):
     recall = propagate(x, labels(400), k=10).graph['recall']
     assert .9 < recall <= 1
     assert recall == pytest.approx(overlap(knn(x, 10)[1], brute(x, 10).indices), abs=1e-6)
-    assert propagate(x, labels(400), k=10, index='Flat').graph == dict(recall=1)
+    assert propagate(x, labels(400), k=10, index='Flat').graph == dict(recall=1, dims=0, proven=0)
 
 
 @pytest.mark.parametrize('index', ['HNSW16', 'HNSW16,SQ8', 'IVF20,Flat', 'IVF20,PQ4x4', 'PCA6,Flat', 'NSG16', 'SQ8'])
@@ -141,11 +141,11 @@ def test_progress_is_reported():
     assert len(said) == 5
 
 
-@pytest.mark.parametrize('index', ['Flat', 'HNSW32'])
-def test_ctrl_c_stops_a_search(index):
+@pytest.mark.parametrize('index, rank', [('Flat', 64), ('Flat', 4), ('HNSW32', 64)], ids=['all pairs', 'bounds', 'HNSW'])
+def test_ctrl_c_stops_a_search(index, rank):
     code = ("import os, signal, threading, torch; from fastai_lp.transductive.neighbors import knn\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in a background process\n"
-        "x = torch.randn(60_000, 64)\n"
+        f"x = torch.randn(60_000, {rank}) @ torch.randn({rank}, 64)\n"
         "threading.Timer(.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         f"try: knn(x, 20, index='{index}'); print('finished')\n"
         "except KeyboardInterrupt: print('stopped')")
