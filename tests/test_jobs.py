@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-CALL = """print('on', flush=True)
-import time
+CALL = """import os, time
+os.write(1, b'on\\n')  # in one piece: both processes write to the same pipe
 try: time.sleep(60)
-finally: print('off', flush=True)"""
+finally: os.write(1, b'off\\n')"""
 CODE = f"""import signal
 from fastai_lp.utils.jobs import in_processes
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in a background process
