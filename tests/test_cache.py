@@ -1,5 +1,6 @@
 "A cache of decoded images changes nothing but the time: same weights, same pseudo-labels, whatever happens to it."
 import errno
+import mmap
 import os
 import pickle
 import random
@@ -153,11 +154,15 @@ def test_labeled_images_come_first(path):
     assert same(learn, fit(loaders(path), LPCallback(cache=0)))
 
 
-def test_a_full_disk(path, monkeypatch, tmp_path):
-    def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(module, 'reserve', full)
-    cb = LPCallback(cache=ItemCache(folder=tmp_path))
-    with pytest.warns(UserWarning, match='decoded images are not kept.*No space left'): learn = fit(loaders(path), cb)
+@pytest.mark.parametrize('folder, where, number', [('on disk', 'reserve', errno.ENOSPC), (None, 'mmap', errno.ENOMEM)], ids=['disk', 'memory'])
+def test_a_full_disk_or_memory(path, monkeypatch, tmp_path, folder, where, number):
+    def full(*args): raise OSError(number, os.strerror(number))
+    make = mmap.mmap
+    if where == 'reserve': monkeypatch.setattr(module, 'reserve', full)
+    else: monkeypatch.setattr(module.mmap, 'mmap', lambda file, size: make(file, size) if size < 10_000 else full())
+    cb = LPCallback(cache=ItemCache(folder=folder and tmp_path))
+    with pytest.warns(UserWarning, match=f'decoded images are not kept.*{os.strerror(number)}'): learn = fit(loaders(path), cb)
+    monkeypatch.undo()
     assert same(learn, fit(loaders(path), LPCallback(cache=0)))
 
 
@@ -178,17 +183,33 @@ def test_a_worker_killed_with_the_lock():
     assert not store.put(0, b'a') and store.get(0) is None
 
 
-class KillWorkers(Callback):
+class AtBatch(Callback):
+    "Calls a function in the second epoch"
+    def __init__(self, f): self.f = f
     def before_batch(self):
-        if self.training and self.epoch == 1 and self.iter == 0:
-            for p in torch.multiprocessing.active_children(): os.kill(p.pid, signal.SIGKILL)
+        if self.training and self.epoch == 1 and self.iter == 0: self.f()
 
 
-def test_a_killed_worker_ends_the_fit_cleanly(path):
-    dls, cb = loaders(path, 2), LPCallback()
-    with pytest.raises(RuntimeError, match='worker'): fit(dls, cb, cbs=[KillWorkers()])
-    assert not {'create_item', 'do_item', 'new', 'get_idxs'} & vars(dls.train).keys()
-    fit(dls, LPCallback())
+def kill_workers():
+    for p in torch.multiprocessing.active_children(): os.kill(p.pid, signal.SIGKILL)
+
+
+def ctrl_c(): raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('workers, f, error', [(2, kill_workers, RuntimeError), (0, ctrl_c, KeyboardInterrupt), (2, ctrl_c, KeyboardInterrupt)])
+def test_a_fit_ends_cleanly(path, tmp_path, workers, f, error):
+    "After a killed worker or Ctrl-C, the next fit goes on with what has been kept"
+    found = []
+    for cache in ItemCache(folder=tmp_path), 0:
+        dls, cb = loaders(path, workers), LPCallback(cache=cache)
+        with pytest.raises(error): fit(dls, cb, cbs=[AtBatch(f)])
+        assert not {'create_item', 'do_item', 'new', 'get_idxs'} & vars(dls.train).keys()
+        store = cb.cache.store
+        found.append(fit(dls, cb))
+        assert cb.cache.store is store
+    assert same(*found)
+    assert not list(tmp_path.iterdir())
 
 
 class Others(Callback):
