@@ -2,7 +2,7 @@
 400×300 pixels, `Resize(128)`, fastai's augmentation, and a network that costs nothing.
 
 The plain epoch trains on all images, as if all were labeled. Both repeat in turn in one process; the first epochs are left out
-(the cache fills there, and they are reported apart). Reproduces results/epoch.json:
+(the cache fills there, and they are reported apart). Without a cache, two repeats have to do. Reproduces results/epoch/epoch.json:
 
     OMP_NUM_THREADS=1 python benchmarks/epoch.py"""
 import json
@@ -25,6 +25,7 @@ from torch import nn
 
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.images import SemiImageDataLoaders
+from step import machine
 
 
 def write_images(path, n, labeled, classes, seed=0):
@@ -76,14 +77,15 @@ def main(
     workers:str='0,2', # separated by commas
     repeats:int=5,
     epochs:int=3, # per repeat
-    cache:int=None, # bytes
-    out:str=str(Path(__file__).parent/'results/epoch.json'),
+    out:str=str(Path(__file__).parent/'results/epoch/epoch.json'),
 ):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d:
         write_images(Path(d), n, labeled, 10)
-        found = {w: measure(Path(d), int(w), repeats, epochs, cache) for w in workers.split(',')}
-    for w, o in found.items():
-        print(f"{w} workers: {median(o['ratio']):.2f} times a plain epoch ({min(o['ratio']):.2f} to {max(o['ratio']):.2f}), "
-            f"the first epoch {median(o['first']):.2f}; kept {o['cached']}")
-    Path(out).write_text(json.dumps(dict(images=n, labeled=labeled, workers=found), indent=1) + '\n')
+        found = {name: {w: measure(Path(d), int(w), repeats if name == 'default' else 2, epochs, cache) for w in workers.split(',')}
+            for name, cache in (('default', None), ('none', 0))}
+    for name, rows in found.items():
+        for w, o in rows.items():
+            print(f"{w} workers, cache {name}: {median(o['ratio']):.2f} times a plain epoch ({min(o['ratio']):.2f} to {max(o['ratio']):.2f}), "
+                f"the first epoch {median(o['first']):.2f}; kept {o['cached']}")
+    Path(out).write_text(json.dumps(dict(images=n, labeled=labeled, cache=found, machine=machine(), date=time.strftime('%Y-%m-%d')), indent=1) + '\n')
