@@ -199,3 +199,15 @@ def test_iterations_on_a_gpu(max_iter, tol):
     assert n_iter == expected.n_iter
     assert torch.equal(Z, expected.Z)
     assert max_iter < 200 or n_iter < 200
+
+
+@pytest.mark.parametrize('c', [1, 3, 33, 200])
+def test_many_items(c):
+    "From 10,000 items on, the vectors of the solver are read as wide rows, the last of them incomplete"
+    n, g = 10_007, torch.Generator().manual_seed(0)
+    S, _ = normalize(affinity(torch.rand(n, 4, generator=g).double(), torch.randint(n, (n, 4), generator=g)))
+    Y = torch.zeros(n, c).double()
+    Y[torch.arange(3*c), torch.arange(3*c) % c] = 1
+    Z = torch.zeros_like(Y)
+    _cg(lambda x: torch.sub(x, spmm(S, x), alpha=.99), Z, Y.clone(), torch.zeros(c), 12, ask=True)
+    torch.testing.assert_close(diffuse(S, Y, max_iter=12, tol=0).Z, Z, rtol=1e-9, atol=1e-12)

@@ -25,28 +25,38 @@ def spmm(
     return F.embedding_bag(col, X.contiguous(), crow, mode='sum', per_sample_weights=values, include_last_offset=True)
 
 # %% ../../nbs/transductive/05_diffusion.ipynb #d50cc128
-def _cg(A, Z, r, enough, max_iter, ask):
-    "Improve Z in place; `ask`: stop once all squared residuals are below `enough`. Returns the number of iterations"
-    n_iter, p, rr = 0, r.clone(), (r*r).sum(0)
+def _cg(A, Z, r, enough, max_iter, ask, rows=1):
+    """Improve Z in place; `ask`: stop once all squared residuals are below `enough`. Returns the number of iterations.
+
+    Vector operations see so many `rows` as one, since short rows are slow."""
+    c = r.shape[1]
+    def wide(x): return x.view(-1, rows*c)
+    def dot(a, b): return (wide(a)*wide(b)).sum(0).view(rows, c).sum(0)
+    n_iter, p, rr = 0, r.clone(), dot(r, r)
     for _ in range(max_iter):
         some = (active := rr > enough).any()
         if ask and not some: break
         Ap = A(p)
-        step = torch.where(active, rr/(p*Ap).sum(0), 0)
-        Z.addcmul_(p, step)
-        r.addcmul_(Ap, step, value=-1)
-        rr, old = (r*r).sum(0), rr
-        p.mul_(torch.where(active, rr/old, 0)).add_(r)
+        step = torch.where(active, rr/dot(p, Ap), 0).repeat(rows)
+        wide(Z).addcmul_(wide(p), step)
+        wide(r).addcmul_(wide(Ap), step, value=-1)
+        rr, old = dot(r, r), rr
+        wide(p).mul_(torch.where(active, rr/old, 0).repeat(rows)).add_(wide(r))
         n_iter = n_iter + some
     return int(n_iter)
 
 
 def _solve(S, Y, alpha, max_iter, tol):
-    def A(x): return torch.sub(x, Sx := spmm(S, x), alpha=alpha, out=Sx)
-    Z, norm2 = torch.zeros_like(Y), (Y*Y).sum(0)
+    n, c = Y.shape
+    rows = max(1, 160//c) if n >= 10_000 and Y.device.type == 'cpu' else 1
+    r = F.pad(Y, (0, 0, 0, -n % rows))
+    Z, Ap, norm2 = torch.zeros_like(r), torch.zeros_like(r), (Y*Y).sum(0)
+    def A(x):
+        torch.sub(x[:n], spmm(S, x[:n]), alpha=alpha, out=Ap[:n])
+        return Ap
     least = torch.finfo(Y.dtype).tiny/torch.finfo(Y.dtype).eps  # below this, p·Ap underflows
-    n_iter = _cg(A, Z, Y.clone(), (tol**2*norm2).clamp(min=least), max_iter, ask=Y.device.type == 'cpu')
-    r = Y - A(Z)
+    n_iter = _cg(A, Z, r.clone(), (tol**2*norm2).clamp(min=least), max_iter, Y.device.type == 'cpu', rows)
+    Z, r = Z[:n], Y - A(Z)[:n]
     return Z, n_iter, torch.where(norm2 > 0, (r*r).sum(0)/norm2, 0).sqrt()
 
 # %% ../../nbs/transductive/05_diffusion.ipynb #d2b8584a
