@@ -5,13 +5,15 @@ The items are those of step.py, with 128 dimensions, 16 of them intrinsic so tha
 classes. Each size runs in a process of its own with one thread. Times are CPU seconds, which other programs on the machine
 change little. Searches:
   exact      FAISS's flat search of 2,000 items among all
-  HNSW32     `knn` of all items: construction, search, rescoring
+  HNSW32     `knn` of all items: construction, search, rescoring; up to 300,000 items, results/step.json has a million
   IVF-PQ     IVF with about √n cells and product quantization to 32 bytes ("np": without polysemous training, which takes a minute):
              `train` and `add` of all items, `search` of 2,000 with 64 cells each; the recall is that of the codes
-`bytes` is the size of an index when serialized. Assembly and diffusion use the graph of the HNSW search; their `peak` includes
-what they are given, as the terms of `peak_memory` do; assembly64 is the same with 64-bit indices. Reproduces results/scale/scale.jsonl in about 15 minutes:
+`bytes` is the size of an index when serialized. Assembly and diffusion use the neighbors of the HNSW search, from half a million
+items on those of IVF-PQ with 4 cells, which are worse but take less time to find; their `peak` includes what they are given, as
+the terms of `peak_memory` do; assembly64 is the same with 64-bit indices. Reproduces results/scale/scale.jsonl in about 6 minutes:
 
     OMP_NUM_THREADS=1 python benchmarks/scale.py > benchmarks/results/scale/scale.jsonl"""
+import ctypes
 import gc
 import json
 import os
@@ -34,13 +36,13 @@ from step import NOISE, items, machine
 D, K, C, QUERIES, INTRINSIC = 128, 50, 10, 2000, 16
 
 
-def resident(what):
-    return int(re.search(rf'{what}:\s*(\d+)', Path('/proc/self/status').read_text()).group(1))*1024
+def resident(what): return int(re.search(rf'{what}:\s*(\d+)', Path('/proc/self/status').read_text()).group(1))*1024
 
 
 def used(f, given=0):
     "(CPU seconds, peak bytes with those of its arguments, result) of f()"
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what has been freed
     Path('/proc/self/clear_refs').write_text('5')  # from here on, Linux counts the peak
     before, start = resident('VmRSS'), time.process_time()
     res = f()
@@ -60,7 +62,8 @@ def ivf_pq(x, true):
     faiss.extract_index_ivf(index).nprobe = 64
     search, _, found = used(lambda: index.search(x[:QUERIES], K+1)[1])
     recall = sum(len({*a} & {*b}) for a, b in zip(found.tolist(), true.tolist()))/true.size
-    return dict(cells=cells, train=train, add=add, search=search, recall=recall, bytes=len(faiss.serialize_index(index)))
+    size = len(faiss.serialize_index(index))
+    return dict(cells=cells, train=train, add=add, search=search, recall=recall, bytes=size), index
 
 
 def hnsw_bytes(x):
@@ -76,9 +79,13 @@ def measure(n):
     row, v = dict(n=n, d=D, k=K, c=C, queries=QUERIES), x.numpy()
     exact, _, (_, true) = used(lambda: faiss.knn(v[:QUERIES], v, K+1, metric=faiss.METRIC_INNER_PRODUCT))
     row['exact'] = dict(search=exact)
-    row['IVF-PQ'] = ivf_pq(v, true)
-    seconds, peak, graph = used(lambda: knn(x, K, index='HNSW32'), 4*n*D)
-    row['HNSW32'] = dict(search=seconds, peak=peak, bytes=hnsw_bytes(v))
+    row['IVF-PQ'], index = ivf_pq(v, true)
+    if n <= 500_000:
+        seconds, peak, graph = used(lambda: knn(x, K, index='HNSW32'), 4*n*D)
+        row['HNSW32'] = dict(search=seconds, peak=peak, bytes=hnsw_bytes(v))
+    else:
+        faiss.extract_index_ivf(index).nprobe = 4
+        graph = tuple(torch.from_numpy(o[:, 1:].copy()) for o in index.search(v, K+1))
     seconds, peak, W = used(lambda: affinity(*graph), size_of(*graph))
     edges = size_of(W.values(), W.col_indices(), W.crow_indices())
     row['assembly'] = dict(seconds=seconds, peak=peak, edges=len(W.values()), bytes=edges)
