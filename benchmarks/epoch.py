@@ -86,6 +86,8 @@ def main(
             for name, cache in (('default', None), ('none', 0))}
     for name, rows in found.items():
         for w, o in rows.items():
-            print(f"{w} workers, cache {name}: {median(o['ratio']):.2f} times a plain epoch ({min(o['ratio']):.2f} to {max(o['ratio']):.2f}), "
+            low, high = min(o['ratio']), max(o['ratio'])
+            print(f"{w} workers, cache {name}: {median(o['ratio']):.2f} times a plain epoch ({low:.2f} to {high:.2f}), "
                 f"the first epoch {median(o['first']):.2f}; kept {o['cached']}")
-    Path(out).write_text(json.dumps(dict(images=n, labeled=labeled, cache=found, machine=machine(), date=time.strftime('%Y-%m-%d')), indent=1) + '\n')
+    row = dict(images=n, labeled=labeled, cache=found, machine=machine(), date=time.strftime('%Y-%m-%d'))
+    Path(out).write_text(json.dumps(row, indent=1) + '\n')

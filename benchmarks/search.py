@@ -10,7 +10,6 @@ results/epoch/search.jsonl:
     for i in 0 1 2; do python benchmarks/search.py results/drift/cifar10-$i.npy --dims 128,512; done"""
 import time
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -57,8 +56,8 @@ def main(
         v = spread_over(x, d)
         res, found = race(repeats, knn=lambda: knn(v, k), faiss=lambda: faiss_flat(v.numpy(), k+1))
         same, how = check(found['knn'], without_self(*found['faiss'])), search(v, k)
-        row = dict(features=features.stem, n=len(v), d=d, k=k, seconds=res['seconds'], ratio=res['ratio']['faiss'], ratios=res['ratios']['faiss'],
-            same=same, dims=how.dims, proven=how.proven, machine=machine(), date=time.strftime('%Y-%m-%d'))
+        row = dict(features=features.stem, n=len(v), d=d, k=k, seconds=res['seconds'], ratio=res['ratio']['faiss'],
+            ratios=res['ratios']['faiss'], same=same, dims=how.dims, proven=how.proven, machine=machine(), date=time.strftime('%Y-%m-%d'))
         print(f"{features.stem}, {d} dimensions: {row['ratio']:.2f} times as fast as FAISS ({min(row['ratios']):.2f} to "
             f"{max(row['ratios']):.2f}), {how.proven:.2%} proven in {how.dims} dimensions, {same:.3%} the same neighbors", flush=True)
         append_json_line(out, row)

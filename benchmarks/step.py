@@ -18,12 +18,14 @@ median is shown.
   agreement  with 20 iterations in float64 on the same graph
 
 Each (n, c) is a row of the result; --save merges into existing rows. --bounds adds what the machine could do at most
-(see `bounds`) to all rows, and needs an idle machine. --memory measures the peak memory of `propagate` in a process
+(see `bounds`) to the rows of the same day, and needs an idle machine. --memory measures the peak memory of `propagate` in a process
 of its own. Reproduces results/step.json:
 
     export OMP_NUM_THREADS=2
     for n in 2000 5000; do python benchmarks/step.py --n $n --repeats 5 --save; done
     for n in 10000 20000 50000; do python benchmarks/step.py --n $n --save; done
+    python benchmarks/step.py --n 50000 --c 10 100 --parts diffusion --repeats 5 --save
+    python benchmarks/step.py --n 50000 --c 1000 --parts diffusion --repeats 1 --save
     python benchmarks/step.py --n 10000 --c 1000 --repeats 1 --save
     python benchmarks/step.py --n 100000 --c 10 --repeats 1 --save
     python benchmarks/step.py --n 200000 --c 10 --parts assembly diffusion agreement --save
@@ -316,7 +318,7 @@ def machine():
 def add_bounds(out):
     rows = json.loads(out.read_text())['rows']
     for row in rows:
-        if 'nnz' not in row: continue
+        if 'nnz' not in row or row['date'] != time.strftime('%Y-%m-%d'): continue
         row['bound'] = bounds(row['n'], row['d'], row['nnz'], row['c'])
         show({k: row[k] for k in ('n', 'c', 'd', 'k', 'noise', 'bound')})
     out.write_text(json.dumps(dict(rows=rows), indent=1) + '\n')

@@ -154,7 +154,8 @@ def test_labeled_images_come_first(path):
     assert same(learn, fit(loaders(path), LPCallback(cache=0)))
 
 
-@pytest.mark.parametrize('folder, where, number', [('on disk', 'reserve', errno.ENOSPC), (None, 'mmap', errno.ENOMEM)], ids=['disk', 'memory'])
+@pytest.mark.parametrize('folder, where, number', [('on disk', 'reserve', errno.ENOSPC), (None, 'mmap', errno.ENOMEM)],
+    ids=['disk', 'memory'])
 def test_a_full_disk_or_memory(path, monkeypatch, tmp_path, folder, where, number):
     def full(*args): raise OSError(number, os.strerror(number))
     make = mmap.mmap
@@ -197,7 +198,8 @@ def kill_workers():
 def ctrl_c(): raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize('workers, f, error', [(2, kill_workers, (RuntimeError, OSError)), (0, ctrl_c, KeyboardInterrupt), (2, ctrl_c, KeyboardInterrupt)])
+@pytest.mark.parametrize('workers, f, error', [(2, kill_workers, (RuntimeError, OSError)), (0, ctrl_c, KeyboardInterrupt),
+    (2, ctrl_c, KeyboardInterrupt)])
 def test_a_fit_ends_cleanly(path, tmp_path, workers, f, error):
     "After a killed worker or Ctrl-C, the next fit goes on with what has been kept"
     found = []

@@ -656,7 +656,7 @@ def test_fine_tune_with_other_settings(shows, tmp_path):
 
 
 PLACES = {'features are extracted': lambda m, stop: m.hooks.append(lambda training: None if training else stop()),
-    'neighbors are searched': lambda m, stop: m.setattr('fastai_lp.transductive.propagate.knn', stop),
+    'neighbors are searched': lambda m, stop: m.setattr('fastai_lp.transductive.propagate.search', stop),
     'labels are propagated': lambda m, stop: m.setattr('fastai_lp.transductive.propagate.diffuse', stop),
     'a step is made': lambda m, stop: m.hooks.append(lambda training: stop() if training else None),
     'a file is written': lambda m, stop: m.setattr(torch, 'save', lambda o, f: f.write(b'half') and stop())}
@@ -786,7 +786,7 @@ def test_no_space_for_features(shows, data, monkeypatch):
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), MemoryError(),
     RuntimeError('Error in void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: out of memory'), RuntimeError('std::bad_alloc')],
     ids=['torch', 'Python', 'faiss', 'C++'])
-@pytest.mark.parametrize('where', ['knn', 'affinity', 'diffuse'])
+@pytest.mark.parametrize('where', ['search', 'affinity', 'diffuse'])
 def test_out_of_memory(shows, data, error, where, monkeypatch):
     learn = blob_learner(data)
     def fail(*args, **kwargs): raise error

@@ -6,8 +6,9 @@ import sys
 import pytest
 
 CALL = """import os, time
-os.write(1, b'on\\n')  # in one piece: both processes write to the same pipe
-try: time.sleep(60)
+try:
+    os.write(1, b'on\\n')  # in one piece: both processes write to the same pipe
+    time.sleep(60)
 finally: os.write(1, b'off\\n')"""
 CODE = f"""import signal
 from fastai_lp.utils.jobs import in_processes

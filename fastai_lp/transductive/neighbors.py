@@ -89,7 +89,7 @@ def _exact(x, k, rows):
     if not proven.all(): sims[~proven], idxs[~proven] = _exact_faiss(x, k, rows[~proven])
     return sims, idxs, proven, dims
 
-
+# %% ../../nbs/transductive/03_neighbors.ipynb #b0a1e003
 def _exact_torch(x, k, rows, chunk_bytes):
     cols = min(len(x), max(chunk_bytes//2**12, 2*k))  # about a thousand items against as many as fit
     size = max(1, chunk_bytes//(4*cols))
