@@ -48,7 +48,7 @@ def _cg(A, Z, r, enough, max_iter, ask, rows=1):
 
 def _solve(S, Y, alpha, max_iter, tol):
     n, c = Y.shape
-    rows = max(1, 160//c) if n >= 10_000 and Y.device.type == 'cpu' else 1
+    rows = max(1, 320//c) if n >= 10_000 and Y.device.type == 'cpu' else 1
     r = F.pad(Y, (0, 0, 0, -n % rows))
     Z, Ap, norm2 = torch.zeros_like(r), torch.zeros_like(r), (Y*Y).sum(0)
     def A(x):
