@@ -12,7 +12,8 @@ update  `propagate` on `n` synthetic items with 128 dimensions (see step.py): se
 plan    the commands of the paper's tables, the most useful first. Each continues where it was interrupted.
 
 Prints lines of JSON, and appends them to --out. Without a GPU everything runs on the CPU, for a trial with small
-numbers. `step` and `update` have run on one H200, without FAISS on the GPU; the paper's tables have not.
+numbers. `step` and `update` have run on one H200, without FAISS on the GPU; the paper's tables have not. results/gpu/cifar10.jsonl
+has three runs with 30 epochs of the second stage instead of 180 (`--epochs 180,30`, methods supervised, lp and network).
 
     python benchmarks/gpu.py step --compile --out benchmarks/results/gpu/gpu.jsonl
     python benchmarks/gpu.py update --c 10 --out benchmarks/results/gpu/gpu.jsonl
