@@ -159,7 +159,8 @@ def test_an_interrupted_call_with_processes_continues(tmp_path):
         process.communicate(timeout=20)  # ends with the last process
     assert process.returncode != 0
     assert not [*(tmp_path/'b').glob('*.tmp')]
-    assert not (tmp_path/'b'/'digits.jsonl').exists()
+    done = tmp_path/'b'/'digits.jsonl'
+    assert not done.exists() or len(read_lines(done)) < 2  # one run can end before the other one begins its second stage
     subprocess.run(call('b'), check=True, capture_output=True)
     a, b = ({r['name'] + r['method']: without_seconds(r) for r in read_lines(tmp_path/o/'digits.jsonl')} for o in 'ab')
     assert a == b
