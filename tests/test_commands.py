@@ -153,7 +153,8 @@ def test_an_interrupted_call_with_processes_continues(tmp_path):
     options = '--methods', 'lp', '--seeds', '2', '--epochs', '1,5', '--jobs', '2', '--device', 'cpu'
     def call(out): return [program('lp_train'), 'digits', *options, '--out', tmp_path/out]
     subprocess.run(call('a'), check=True, capture_output=True)
-    with subprocess.Popen(call('b'), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    def heeds_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by default in a background process
+    with subprocess.Popen(call('b'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heeds_ctrl_c) as process:
         while len([*(tmp_path/'b').glob('*stage2.pth')]) < 2 and process.poll() is None: time.sleep(.05)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)  # ends with the last process

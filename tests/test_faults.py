@@ -784,8 +784,8 @@ def test_no_space_for_features(shows, data, monkeypatch):
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), MemoryError(),
-    RuntimeError('Error in void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: out of memory'), RuntimeError('std::bad_alloc')],
-    ids=['torch', 'Python', 'faiss', 'C++'])
+    RuntimeError('Error in void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: out of memory'), RuntimeError('std::bad_alloc'),
+    RuntimeError("can't start new thread")], ids=['torch', 'Python', 'faiss', 'C++', 'threads'])
 @pytest.mark.parametrize('where', ['search', 'affinity', 'diffuse'])
 def test_out_of_memory(shows, data, error, where, monkeypatch):
     learn = blob_learner(data)

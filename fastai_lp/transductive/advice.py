@@ -41,7 +41,7 @@ def memory_advice(
     "Add a memory estimate to out-of-memory errors"
     try: yield
     except Exception as e:
-        said = any(o in str(e).lower() for o in ('out of memory', 'bad_alloc', "can't allocate memory"))
+        said = any(o in str(e).lower() for o in ('out of memory', 'bad_alloc', "can't allocate memory", "can't start new thread"))
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and said:
             if not e.args: e.args = ('out of memory',)  # fastai adds to the message and needs one
             settings = {o: getattr(labeler, o) for o in ('k', 'keep_Z', 'index') if hasattr(labeler, o)}

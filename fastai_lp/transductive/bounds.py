@@ -156,11 +156,10 @@ def search(self:Bounds,
         to = place[self.order[own]]
         sims.numpy()[to], idxs.numpy()[to] = s, self.order[found]
     with threadpool_limits(1, 'blas'), ThreadPoolExecutor(torch.get_num_threads(), initializer=_one_thread) as pool:
-        steps = [pool.submit(step, a) for a in range(0, len(mine), self.n_rows)]
         try:
+            steps = [pool.submit(step, a) for a in range(0, len(mine), self.n_rows)]
             for _, o in zip(blocks(len(mine), self.n_rows, 'neighbors'), steps): o.result()
-        finally:
-            for o in steps: o.cancel()
+        finally: pool.shutdown(cancel_futures=True)
     return Nearest(sims, idxs, sims[:, -1] > -torch.inf)
 
 
