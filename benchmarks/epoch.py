@@ -28,15 +28,19 @@ from fastai_lp.learner.images import SemiImageDataLoaders
 from step import machine
 
 
+def photograph(rng, width, height):
+    "Smooth shapes and fine texture"
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    pixels = np.asarray(coarse) + rng.normal(0, 12, (height, width, 1))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
 def write_images(path, n, labeled, classes, seed=0):
-    "Photograph-like JPEG files: smooth shapes and fine texture"
     rng = np.random.default_rng(seed)
     for i in range(n):
         folder = path/(f'train/{i % classes}' if i < labeled else 'unsup')
         folder.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((400, 300), Image.BICUBIC)
-        pixels = np.asarray(coarse) + rng.normal(0, 12, (300, 400, 1))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder/f'{i}.jpg', quality=90)
+        photograph(rng, 400, 300).save(folder/f'{i}.jpg', quality=90)
 
 
 class Seconds(Callback):

@@ -26,7 +26,6 @@ from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders
 from fastcore.basics import patch_to
 from fastcore.script import call_parse
-from PIL import Image
 from torch import nn
 
 from fastai_lp.learner.callback import LPCallback
@@ -35,6 +34,7 @@ from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.transductive.advice import peak_memory
 from fastai_lp.transductive.neighbors import default_k
 from fastai_lp.utils.memory import free_memory
+from epoch import photograph
 from step import machine
 
 WIDTH, HEIGHT, SIZE, D, C, DISTINCT = 160, 120, 64, 128, 10, 500
@@ -51,9 +51,7 @@ def write_images(path, n, labeled, seed=0):
         if i >= DISTINCT:
             os.link(path/'images'/f'{i % DISTINCT}.jpg', file)
             continue
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((WIDTH, HEIGHT), Image.BICUBIC)
-        pixels = np.asarray(coarse) + rng.normal(0, 12, (HEIGHT, WIDTH, 1))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=90)
+        photograph(rng, WIDTH, HEIGHT).save(file, quality=90)
         (path/'images').mkdir(exist_ok=True)
         os.link(file, path/'images'/file.name)
 

@@ -18,8 +18,8 @@ median is shown.
   agreement  with 20 iterations in float64 on the same graph
 
 Each (n, c) is a row of the result; --save merges into existing rows. --bounds adds what the machine could do at most
-(see `bounds`) to the rows of the same day, and needs an idle machine. --memory measures the peak memory of `propagate` in a process
-of its own. Reproduces results/step.json:
+(see `bounds`) to the rows of the same day, and needs an idle machine. --memory measures the peak memory of `propagate`
+in a process of its own. Reproduces results/step.json:
 
     export OMP_NUM_THREADS=2
     for n in 2000 5000; do python benchmarks/step.py --n $n --repeats 5 --save; done

@@ -22,11 +22,12 @@ from fastai.vision.core import PILImage
 from PIL import Image
 from torch import nn
 
-from fastai_lp.learner import cache as module
-from fastai_lp.learner.cache import ItemCache, Store
+from fastai_lp.learner.cache import ItemCache
 from fastai_lp.learner.callback import LPCallback
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.learner.streams import semi_dls
+from fastai_lp.utils import store
+from fastai_lp.utils.store import Store
 
 
 @pytest.fixture(scope='module')
@@ -159,8 +160,8 @@ def test_labeled_images_come_first(path):
 def test_a_full_disk_or_memory(path, monkeypatch, tmp_path, folder, where, number):
     def full(*args): raise OSError(number, os.strerror(number))
     make = mmap.mmap
-    if where == 'reserve': monkeypatch.setattr(module, 'reserve', full)
-    else: monkeypatch.setattr(module.mmap, 'mmap', lambda file, size: make(file, size) if size < 10_000 else full())
+    if where == 'reserve': monkeypatch.setattr(store, 'reserve', full)
+    else: monkeypatch.setattr(store.mmap, 'mmap', lambda file, size: make(file, size) if size < 10_000 else full())
     cb = LPCallback(cache=ItemCache(folder=folder and tmp_path))
     with pytest.warns(UserWarning, match=f'decoded images are not kept.*{os.strerror(number)}'): learn = fit(loaders(path), cb)
     monkeypatch.undo()
@@ -176,12 +177,12 @@ def test_a_file_is_not_left_behind(path, tmp_path, workers):
 
 
 def test_a_worker_killed_with_the_lock():
-    store = Store(3, 100)
+    lone = Store(3, 100)
     if not (pid := os.fork()):
-        store.used.get_lock().acquire()
+        lone.used.get_lock().acquire()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert not store.put(0, b'a') and store.get(0) is None
+    assert not lone.put(0, b'a') and lone.get(0) is None
 
 
 class AtBatch(Callback):
@@ -207,9 +208,9 @@ def test_a_fit_ends_cleanly(path, tmp_path, workers, f, error):
         dls, cb = loaders(path, workers), LPCallback(cache=cache)
         with pytest.raises(error): fit(dls, cb, cbs=[AtBatch(f)])
         assert not {'create_item', 'do_item', 'new', 'get_idxs'} & vars(dls.train).keys()
-        store = cb.cache.store
+        before = cb.cache.store
         found.append(fit(dls, cb))
-        assert cb.cache.store is store
+        assert cb.cache.store is before
     assert same(*found)
     assert not list(tmp_path.iterdir())
 

@@ -142,10 +142,8 @@ def _rescored(x, rows, candidates):
     "(sims, idxs) of the items `rows` and their candidates, int [m, q], −1 if missing; sorted by inner product"
     idxs = candidates.long()
     if x.device.type == 'cpu':
-        index, q, sims = faiss.IndexFlatIP(x.shape[1]), x[rows].contiguous(), torch.empty(idxs.shape)
-        index.add(x.numpy())
-        q_ptr, idxs_ptr, sims_ptr = (faiss.swig_ptr(o.numpy()) for o in (q, idxs, sims))
-        index.compute_distance_subset(len(q), q_ptr, idxs.shape[1], sims_ptr, idxs_ptr)
+        sims, q = torch.empty(idxs.shape), x[rows].contiguous()
+        faiss.fvec_inner_products_by_idx(*(faiss.swig_ptr(o.numpy()) for o in (sims, q, x, idxs)), x.shape[1], *idxs.shape)
     else:
         parts = (o.split(max(1, 2**26//(idxs.shape[1]*x.shape[1]))) for o in (rows, idxs))  # 256 MiB of gathered rows
         sims = torch.cat([torch.bmm(x[i.clamp(min=0)], x[r][:, :, None])[..., 0] for r, i in zip(*parts)])
