@@ -62,6 +62,7 @@ def _parts(n, parts): return [(i*n//parts, (i+1)*n//parts) for i in range(parts)
 class Bounds:
     "Exact search among the rows of a matrix by bounds in few dimensions"
     n_rows, n_cols, n_group = 256, 4096, 32 # items that are searched at a time, among so many at a time, in groups
+    thread_bytes = 2**27 # stack, memory pool and OpenBLAS buffer of a thread: 104 MiB on Linux
 
     def __init__(self,
         x:torch.Tensor, # float32 [n, d] on the CPU
@@ -155,7 +156,9 @@ def search(self:Bounds,
         s, found = self._nearest(own, k, *self._candidates(own, self._least(own, k)))
         to = place[self.order[own]]
         sims.numpy()[to], idxs.numpy()[to] = s, self.order[found]
-    with threadpool_limits(1, 'blas'), ThreadPoolExecutor(torch.get_num_threads(), initializer=_one_thread) as pool:
+    threads = torch.get_num_threads()
+    np.empty(threads*self.thread_bytes, np.uint8)  # OpenBLAS ends the process if it gets no memory: raise `MemoryError` before
+    with threadpool_limits(1, 'blas'), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
         try:
             steps = [pool.submit(step, a) for a in range(0, len(mine), self.n_rows)]
             for _, o in zip(blocks(len(mine), self.n_rows, 'neighbors'), steps): o.result()
