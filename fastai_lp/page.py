@@ -111,7 +111,7 @@ def contents(
     return res
 
 # %% ../nbs/02_page.ipynb #7d1c0a17
-UNFAMILIAR = .1 # familiarity, relative to the mean of the unlabeled items, below which an item is suspected junk
+UNFAMILIAR = .2 # familiarity, relative to the mean of the unlabeled items, below which an item is suspected junk
 PER_CLASS, MOST_CERTAIN = 6, 120 # items of the list of the most certain ones: per class, and in all
 
 
