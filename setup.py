@@ -9,4 +9,4 @@ def requirements(key): return [o for o in settings['DEFAULT'][key].splitlines() 
 
 
 setup(install_requires=requirements('requirements'),
-      extras_require={'dev': requirements('dev_requirements')})
+      extras_require={o: requirements(f'{o}_requirements') for o in ('dev', 'browser')})

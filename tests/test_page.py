@@ -26,7 +26,8 @@ from fastai_lp.transductive.labelers import NetworkPrediction
 from fastai_lp.transductive.propagate import propagate
 
 root = Path(__file__).resolve().parents[1]
-CLASSES = ['<img src=x onerror="document.title=1">', '"&\'', '</script><script>document.title=1</script>', '汉字', 'שלום ‮RTL', '=1+1', '@x,\n']
+CLASSES = [
+    '<img src=x onerror="document.title=1">', '"&\'', '</script><script>document.title=1</script>', '汉字', 'שלום ‮RTL', '=1+1', '@x,\n']
 NAMES = ['<img src=x onerror="document.title=1">.png', '"&\'.png', '<!--<script>.png', '汉字.png', 'שלום.png', '=1+1.png', '@x, y.png', ' a .png']
 
 
@@ -195,8 +196,9 @@ def test_classes_with_the_same_text_are_refused(tmp_path):
 
 def test_every_file_of_the_package_is_in_the_wheel():
     listed = tomllib.loads((root/'pyproject.toml').read_text())['tool']['setuptools']['package-data']['fastai_lp']
-    others = [p.relative_to(root/'fastai_lp').as_posix() for p in (root/'fastai_lp').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
-    assert sorted(o for o in others if not o.endswith('.py')) == sorted(listed)
+    package = root/'fastai_lp'
+    found = [p.relative_to(package).as_posix() for p in package.rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    assert sorted(o for o in found if not o.endswith('.py')) == sorted(listed)
 
 
 # In a browser

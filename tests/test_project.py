@@ -147,7 +147,7 @@ def test_one_version():
 def test_settings_reach_the_metadata():
     settings = ConfigParser()
     settings.read(root/'settings.ini')
-    lines = '\n'.join(settings['DEFAULT'][o] for o in ('requirements', 'dev_requirements'))
+    lines = '\n'.join(settings['DEFAULT'][o] for o in ('requirements', 'dev_requirements', 'browser_requirements'))
     names = {re.match(r'[\w-]+', o).group() for o in lines.splitlines() if o.strip()}
     assert {re.match(r'[\w-]+', o).group() for o in requires('fastai_lp')} == names
 
