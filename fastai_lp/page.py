@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from .utils.files import atomic_write
+from .transductive.curation import label_issues
 
 # %% ../nbs/02_page.ipynb #7d1c0a07
 def _bytes(x):
@@ -115,28 +116,23 @@ UNFAMILIAR = .2 # familiarity, relative to the mean of the unlabeled items, belo
 PER_CLASS, MOST_CERTAIN = 6, 120 # items of the list of the most certain ones: per class, and in all
 
 
-def _entries(df, vocab, proposed='label', **more):
-    "An entry of a list per row: position, proposed class, and columns by their name on the page"
-    code = {o: c for c, o in enumerate(vocab)}
-    for i, row in df.iterrows():
-        entry = dict(item=int(i)) if row[proposed] is None else dict(item=int(i), proposed=code[row[proposed]])
-        yield entry | {k: code[row[v]] if v in ('given', 'label') else float(row[v]) for k, v in more.items()}
+def _entries(idxs, proposed, **more):
+    "An entry of a list per item: position, proposed class if there is one, and more by their name on the page"
+    for i, c, *values in zip(idxs.tolist(), proposed.tolist(), *more.values()):
+        yield dict(item=i) | (dict(proposed=c) if c >= 0 else {}) | dict(zip(more, values))
 
 
 def _to_label(interp, m):
     free = (~interp.pseudo.labeled).nonzero().flatten()
-    if not len(free): return interp.to_df()[:0]
-    if interp.pseudo.W is not None: return interp.suggest(min(m, len(free)), pool=max(m, 1000))
-    order = interp.pseudo.certainty[free].argsort(stable=True)[:m]
-    return interp.to_df().loc[free[order].numpy()]
+    if interp.pseudo.W is None or not len(free): return free[interp.pseudo.certainty[free].argsort(stable=True)[:m]]
+    return torch.as_tensor(interp.suggest(min(m, len(free)), pool=max(m, 1000)).index.to_numpy())
 
 
-def _most_certain(interp):
-    df = interp.to_df()
-    df = df[~df.labeled & df.reached].sort_values('certainty', ascending=False, kind='stable')
-    df['code'] = interp.pseudo.labels.numpy()[df.index]
-    per_class = max(1, min(PER_CLASS, MOST_CERTAIN//len(interp.vocab)))
-    return df.groupby('code').head(per_class).sort_values('code', kind='stable')[:MOST_CERTAIN]
+def _most_certain(p):
+    per_class = max(1, min(PER_CLASS, MOST_CERTAIN//len(p.class_weights)))
+    found = (~p.labeled & p.reached).nonzero().flatten()
+    found = found[p.certainty[found].argsort(descending=True, stable=True)]
+    return torch.cat([found[p.labels[found] == c][:per_class] for c in range(len(p.class_weights))])[:MOST_CERTAIN]
 
 # %% ../nbs/02_page.ipynb #7d1c0a18
 def lists(
@@ -144,21 +140,23 @@ def lists(
     m:int, # number of items to label, and the most to check in each of the other lists
 )->list: # dicts of `title`, `about`, `entries`, and `browse` for those to look at
     "The lists of the page, without empty ones"
-    vocab, graph = interp.vocab, interp.pseudo.W is not None
+    p, graph = interp.pseudo, interp.pseudo.W is not None
     about = "Labels of these items tell the model most, the most useful one first." if graph else \
         "The items with the least certain labels. There is no graph to choose from."
-    res = [dict(title='To label', about=about, entries=_entries(_to_label(interp, m), vocab))]
+    asked, certain = _to_label(interp, m), _most_certain(p)
+    res = [dict(title='To label', about=about, entries=_entries(asked, p.labels[asked]))]
     if graph:
         about = "These given labels contradict the other labels, the most doubtful one first. Choose the right class, or skip."
-        issues = _entries(interp.label_issues()[:m], vocab, 'suggested', given='given', doubt='doubt')
-        res.append(dict(title='Labels to check', about=about, entries=issues))
+        idxs, other, doubt = (o[:m] for o in label_issues(p.W, torch.where(p.labeled, p.labels, -1), len(interp.vocab)))
+        entries = _entries(idxs, other, given=p.labels[idxs].tolist(), doubt=doubt.tolist())
+        res.append(dict(title='Labels to check', about=about, entries=entries))
     about = "These should all be right. If a class has wrong ones, it needs more labels. Click an item to correct it."
-    certain = _entries(_most_certain(interp), vocab, group='label')
-    res.append(dict(title='Most certain', about=about, browse=True, entries=certain))
-    if graph and not interp.pseudo.labeled.all():
+    entries = _entries(certain, p.labels[certain], group=p.labels[certain].tolist())
+    res.append(dict(title='Most certain', about=about, browse=True, entries=entries))
+    if graph and not p.labeled.all():
         about = "These are unlike all labeled items: they may belong to no class, or to a class without labels."
-        junk = interp.suspected_junk(m)
-        res.append(dict(title='Suspected junk', about=about, browse=True, entries=_entries(junk[junk.familiarity < UNFAMILIAR], vocab)))
+        junk = torch.as_tensor(interp.suspected_junk(m)[lambda o: o.familiarity < UNFAMILIAR].index.to_numpy())
+        res.append(dict(title='Suspected junk', about=about, browse=True, entries=_entries(junk, p.labels[junk])))
     res = [o | dict(entries=list(o['entries'])) for o in res]
     return [o for o in res if o['entries']]
 

@@ -22,13 +22,15 @@ from PIL import Image
 from conftest import blobs
 from fastai_lp.interpret import LPInterpretation
 from fastai_lp.page import PER_CLASS, as_pil, item_content, page_data, picture
+from fastai_lp.transductive.graph import affinity
 from fastai_lp.transductive.labelers import NetworkPrediction
-from fastai_lp.transductive.propagate import propagate
+from fastai_lp.transductive.propagate import propagate, spread
 
 root = Path(__file__).resolve().parents[1]
 CLASSES = [
     '<img src=x onerror="document.title=1">', '"&\'', '</script><script>document.title=1</script>', '汉字', 'שלום ‮RTL', '=1+1', '@x,\n']
-NAMES = ['<img src=x onerror="document.title=1">.png', '"&\'.png', '<!--<script>.png', '汉字.png', 'שלום.png', '=1+1.png', '@x, y.png', ' a .png']
+NAMES = [
+    '<img src=x onerror="document.title=1">.png', '"&\'.png', '<!--<script>.png', '汉字.png', 'שלום.png', '=1+1.png', '@x, y.png', ' a .png']
 
 
 def pseudo_labels(n, c, per_class=3, x=None, k=7):
@@ -176,10 +178,11 @@ def test_other_labels(tmp_path):
     full = LPInterpretation(propagate(data.x, data.truth, k=5))
     assert 'All items are labeled.' in parts(full.to_html(tmp_path/'a.html'))[1]['notes']
     i = torch.arange(40)
-    rings = LPInterpretation(propagate(torch.eye(2)[i//20]+.01*torch.rand(40, 2), torch.where(i < 2, i, -1), k=3))
-    shown = page_data(rings, 100, 60)
+    W = affinity(torch.ones(40, 1), (i//20*20 + (i+1) % 20)[:, None]) # two rings, one without labels
+    shown = page_data(LPInterpretation(spread(W, torch.where(i < 2, i, -1)), vocab=['cat', 'dog']), 100, 60)
     assert len(shown['lists'][0]['entries']) == 38
-    assert any('proposed' not in o for o in shown['lists'][0]['entries']) == (not rings.pseudo.reached.all())
+    assert sum('proposed' not in o for o in shown['lists'][0]['entries']) == 20
+    assert shown['summary'].endswith('20 that no label reaches')
 
 
 @pytest.mark.parametrize('wrong, match', [(dict(suggest=0), 'suggest must be an integer of at least 1, got 0'),
