@@ -1284,6 +1284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastai_lp.page._svg': ('page.html#_svg', 'fastai_lp/page.py'),
                                 'fastai_lp.page._text': ('page.html#_text', 'fastai_lp/page.py'),
                                 'fastai_lp.page._to_label': ('page.html#_to_label', 'fastai_lp/page.py'),
+                                'fastai_lp.page._untokenized': ('page.html#_untokenized', 'fastai_lp/page.py'),
                                 'fastai_lp.page.as_pil': ('page.html#as_pil', 'fastai_lp/page.py'),
                                 'fastai_lp.page.contents': ('page.html#contents', 'fastai_lp/page.py'),
                                 'fastai_lp.page.counts': ('page.html#counts', 'fastai_lp/page.py'),

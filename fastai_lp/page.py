@@ -80,6 +80,13 @@ def _row(row):
     return dict(row=[[k, _text(v)] for k, v in values.items()])
 
 
+def _untokenized(text):
+    "A decoded text of fastai's tokens, with its capitals; words that are not in the vocabulary are …"
+    text = re.sub(r'\bxxup (\S+)', lambda m: m[1].upper(), text)
+    text = re.sub(r'\bxxmaj (\S+)', lambda m: m[1].capitalize(), text)
+    return re.sub(r'\bxx(?:bos|eos|pad|fld)\b ?', '', text).replace('xxunk', '…')
+
+# %% ../nbs/02_page.ipynb #7d1c0a30
 def item_content(
     ds, # dataset of the items
     i:int, # position of the item
@@ -89,8 +96,8 @@ def item_content(
     if isinstance(ds, Tabular): return _row(ds.iloc[[i]].decode().items.iloc[0][[*ds.cat_names, *ds.cont_names]])
     x = ds[i][0]
     if isinstance(x, Image.Image) or isinstance(x, torch.Tensor) and x.ndim == 3: return picture(x, size)
-    if not isinstance(x, str) and hasattr(ds, 'tls'): x = ds.tls[0].decode(x)
-    if isinstance(x, str): return dict(text=_text(re.sub(r'\bxx(?:bos|eos|pad|fld|maj|up|unk|rep|wrep)\b ?', '', x)))
+    if isinstance(x, str): return dict(text=_text(x))
+    if hasattr(ds, 'tls') and isinstance(x := ds.tls[0].decode(x), str): return dict(text=_text(_untokenized(x)))
     items = getattr(ds, 'items', None)
     return _row(items.iloc[i]) if hasattr(items, 'iloc') else {}
 

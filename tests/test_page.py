@@ -13,8 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.data.block import DataBlock
 from fastai.data.core import Datasets, TfmdDL
+from fastai.data.transforms import ColReader, ColSplitter
 from fastai.tabular.all import Categorify, CategoryBlock, Normalize, TabularPandas
+from fastai.text.data import TextBlock
 from fastai.vision.core import PILImage
 from fastcore.basics import noop
 from PIL import Image
@@ -165,6 +168,14 @@ def test_texts_and_tables():
     assert item_content(to.train, 1, 60)['row'] == [['color', CLASSES[0]], ['size', '0.333333']]
     rows = dl_of(df.assign(gone=np.nan), lambda o: torch.tensor([o['size']]))
     assert item_content(rows.dataset, 1, 60)['row'] == [['color', CLASSES[0]], ['size', '0.333333'], ['y', 'b']]
+
+
+def test_tokenized_texts_get_their_capitals_back():
+    df = pd.DataFrame(dict(text=['You LOVE this film', 'This Film is not ...'], valid=[False, False]))
+    vocab = 'xxunk xxpad xxbos xxmaj xxup you love this film is not'.split()
+    block = TextBlock.from_df('text', seq_len=8, n_workers=0, vocab=vocab)
+    ds = DataBlock(block, get_x=ColReader('text'), splitter=ColSplitter('valid')).datasets(df).train
+    assert [item_content(ds, i, 60)['text'] for i in range(2)] == ['You LOVE this film', 'This Film is not …']
 
 
 def test_other_labels(tmp_path):
