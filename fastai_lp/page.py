@@ -216,6 +216,7 @@ def page_data(
     if interp.dl is None: notes.append("The items themselves are not available, only their names: "
         "to see them, write the page with from_learner, or pass dl= to load.")
     if p.labeled.all(): notes.append("All items are labeled.")
+    if len(set(map(str, interp.items))) < len(p.labels): notes.append("Some items have the same name: labels.csv cannot tell them apart.")
     summary = f'{len(p.labels):,} items, {p.labeled.sum():,} labeled, {len(interp.vocab):,} classes'
     if unreached := (~p.reached).sum(): summary += f', {unreached:,} that no label reaches'
     return dict(classes=[str(o) for o in interp.vocab], items=items, lists=shown, figures=figures(interp), counts=counts(interp),

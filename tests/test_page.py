@@ -186,8 +186,9 @@ def test_other_labels(tmp_path):
     assert [o['title'] for o in shown['lists']] == ['To label', 'Most certain']
     asked = [int(shown['items'][o['item']]['name']) for o in shown['lists'][0]['entries']]
     assert asked == network.to_df()[lambda o: ~o.labeled].nsmallest(5, 'certainty').index.tolist()
-    full = LPInterpretation(propagate(data.x, data.truth, k=5))
-    assert 'All items are labeled.' in parts(full.to_html(tmp_path/'a.html'))[1]['notes']
+    full = LPInterpretation(propagate(data.x, data.truth, k=5), items=['twice', 'twice', *map(str, range(58))])
+    notes = ' '.join(parts(full.to_html(tmp_path/'a.html'))[1]['notes'])
+    assert 'All items are labeled.' in notes and 'Some items have the same name' in notes
     i = torch.arange(40)
     W = affinity(torch.ones(40, 1), (i//20*20 + (i+1) % 20)[:, None]) # two rings, one without labels
     shown = page_data(LPInterpretation(spread(W, torch.where(i < 2, i, -1)), vocab=['cat', 'dog']), 100, 60)
@@ -278,6 +279,38 @@ def test_label_by_keys_undo_reload_download(pictures, visit, tmp_path):
     assert dict(zip(read.item, read.label)) == expected
     assert len(read) == 40
     assert read.item.isin(pictures.to_df().item).all()
+
+
+@pytest.mark.browser
+def test_policy_blocks_what_data_would_need(chromium, pictures, tmp_path):
+    "Even if markup got into the page"
+    tab = chromium.new_page()
+    said = []
+    tab.on('console', lambda m: said.append(m.text))
+    tab.goto(pictures.to_html(tmp_path/'label.html', suggest=2).as_uri())
+    tab.evaluate('''() => {
+        const script = document.createElement('script')
+        script.textContent = 'document.title = "bad"'
+        const other = document.createElement('div')
+        other.innerHTML = '<img src="data:," onerror="document.title = 1"><img src="http://127.0.0.1:9/x.png">'
+        document.body.append(script, other)
+        return fetch('http://127.0.0.1:9/').catch(() => 0)
+    }''')
+    tab.wait_for_timeout(100)
+    assert tab.title() == 'Labeling page'
+    assert sum('Content Security Policy' in o for o in said) >= 4
+    tab.close()
+
+
+@pytest.mark.browser
+def test_two_tabs_share_their_progress(pictures, visit, tmp_path):
+    tab = visit(page := pictures.to_html(tmp_path/'label.html', suggest=5))
+    other = tab.context.new_page()
+    other.goto(page.as_uri())
+    other.focus('#classes button')
+    other.keyboard.press('Space')
+    tab.wait_for_function("document.getElementById('count').textContent === ' (1)'")
+    assert tab.locator('#where').text_content() == 'Item 2 of 5'
 
 
 @pytest.mark.browser
