@@ -12,6 +12,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import mean, stdev
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import yaml
@@ -50,6 +51,7 @@ def test_pages_show_the_numbers_of_the_run_files(name, monkeypatch):
     "Run again, the cells give the stored outputs; of the index, those that train are left out"
     path = root/'nbs'/f'{name}.ipynb'
     monkeypatch.chdir(path.parent)
+    plt.close('all')  # figures that other tests left open would be among the outputs
     shell = CaptureShell(path.parent)
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type != 'code' or 'eval: false' in cell.source: continue
