@@ -19,7 +19,7 @@ from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import ColReader, IntToFloatTensor, ItemGetter, ToTensor
 from fastai.learner import Learner, load_learner
-from fastai.tabular.all import CategoryBlock, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+from fastai.tabular.all import CategoryBlock, FillMissing, Normalize, TabularDataLoaders, TabularPandas, tabular_learner
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fastcore.basics import noop
@@ -159,6 +159,28 @@ def test_rows_of_a_table_join_by_their_index():
     assert interp.show(shown.index).equals(shown)
     values = df.loc[[1000, 1004], list('abcdefgh')]
     np.testing.assert_allclose(shown[list('abcdefgh')], values, atol=1e-3)  # as given, not normalized
+
+
+def test_texts_and_rows_are_shown_with_what_a_table_says_of_them():
+    data = blobs(seed=1)
+    y = torch.tensor([-1 if o is None else o for o in data.labels[:data.n_train]])
+    pseudo, truth = propagate(data.x[:data.n_train], y, k=7), data.truth[:data.n_train]
+    doubtful = (y >= 0).nonzero()[0].item()
+    pseudo.labels[doubtful] = (pseudo.labels[doubtful]+1) % 3
+    texts = [f'Item {i} ' + 'is rather long, '*6 + 'and that is all' for i in range(data.n_train)]
+    table = pd.DataFrame(data.x[:data.n_train].numpy(), columns=list('abcdefgh')).assign(y='u')
+    sources = dict(text=Datasets(texts, [[noop]]), abcdefgh=TabularPandas(table, cont_names=list('abcdefgh'), y_names='y'))
+    for columns, ds in sources.items():
+        interp = LPInterpretation(pseudo, truth=(truth+1) % 3, vocab=['u', 'v', 'w'], dl=SimpleNamespace(dataset=ds))
+        columns = [columns] if columns == 'text' else list(columns)
+        for found, words in ((interp.suggest(5), r'[uvw] \([01]\.\d\d\)'), (interp.label_issues(), 'u, or [vw]|[vw], or u'),
+            (interp.suspected_junk(4), r'[uvw] \([01]'), (interp.errors(), '[uvw], taken for [uvw]')):
+            shown = interp.show(found)
+            assert shown.index.equals(found.index) and {'item', *columns} <= set(shown)
+            assert shown['pseudo-label'].str.match(words).all()
+        assert interp.show_errors(3).equals(interp.show(interp.errors()[:3]))
+        assert columns != ['text'] or texts[found.index[0]] in shown._repr_html_()  # not shortened
+    with pytest.raises(ValueError, match='must be a table of LPInterpretation'): interp.show(interp.suggest(5).reset_index(drop=True))
 
 
 def test_errors_say_what_is_missing():
@@ -371,12 +393,12 @@ def test_a_loaded_learner_has_no_pseudo_labels(tmp_path):
     with pytest.raises(ValueError, match='fit it with LPCallback first'): LPInterpretation.from_learner(loaded)
 
 
-@pytest.mark.parametrize('idxs', [lambda df: (df.certainty < .5).tolist(), lambda df: df.certainty < .5, lambda df: df.head(3),
+@pytest.mark.parametrize('idxs', [lambda df: (df.certainty < .5).tolist(), lambda df: df.certainty < .5, lambda df: df.head(3).assign(item=-1),
     lambda df: [-1], lambda df: [500], lambda df: df.head(2).label], ids=['mask', 'series', 'table', 'negative', 'large', 'text'])
 def test_only_positions_are_shown(idxs):
     interp = LPInterpretation(fitted()[0].lp_record.pseudo, vocab='abc', dl=fitted()[0].dls.train)
     idxs = idxs(interp.to_df())
-    with pytest.raises(ValueError, match='idxs must be positions from 0 to 119, .* pass table.index'): interp.show(idxs)
+    with pytest.raises(ValueError, match='a table of LPInterpretation, or positions from 0 to 119, got .* pass df.index'): interp.show(idxs)
 
 
 # Names that a file cannot hold as they are
