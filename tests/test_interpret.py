@@ -394,7 +394,8 @@ def test_a_loaded_learner_has_no_pseudo_labels(tmp_path):
 
 
 @pytest.mark.parametrize('idxs', [lambda df: (df.certainty < .5).tolist(), lambda df: df.certainty < .5,
-    lambda df: df.head(3).assign(item=-1), lambda df: [-1], lambda df: [500], lambda df: df.head(2).label], ids=['mask', 'series', 'table', 'negative', 'large', 'text'])
+    lambda df: df.head(3).assign(item=-1), lambda df: [-1], lambda df: [500], lambda df: df.head(2).label],
+    ids=['mask', 'series', 'table', 'negative', 'large', 'text'])
 def test_only_positions_are_shown(idxs):
     interp = LPInterpretation(fitted()[0].lp_record.pseudo, vocab='abc', dl=fitted()[0].dls.train)
     idxs = idxs(interp.to_df())
