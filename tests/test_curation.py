@@ -28,11 +28,11 @@ def uncertainty(W, labeled, certainty, alpha): return (1-certainty)[~labeled].do
 
 
 def greedy(W, labeled, certainty, m, alpha):
-    "The definition: choose the item whose label reduces the weighted sum of variances most, and recompute everything"
+    "The definition: choose the uncertain item whose label reduces the weighted sum of variances most, and recompute everything"
     labeled, chosen, gain = labeled.clone(), [], []
     for _ in range(m):
         before = uncertainty(W, labeled, certainty, alpha)
-        def drop(j): return before - uncertainty(W, labeled | (torch.arange(len(W)) == j), certainty, alpha)
+        def drop(j): return (1-certainty[j])*(before - uncertainty(W, labeled | (torch.arange(len(W)) == j), certainty, alpha))
         j = max((~labeled).nonzero().flatten().tolist(), key=drop)
         chosen.append(j)
         gain.append(drop(j))

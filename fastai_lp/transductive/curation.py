@@ -56,7 +56,7 @@ def _candidates(labeled, m, pool):
 class Suggested(NamedTuple):
     "Result of `suggest`, in the order of choice"
     items:torch.Tensor # int64 [m] indices of unlabeled items
-    gain:torch.Tensor # float32 [m] reduction of the total variance, weighted by 1 − ω, by each further label
+    gain:torch.Tensor # float32 [m] reduction of the total variance by each further label, weighted by 1 − ω of the items and of its own
 
 # %% ../../nbs/transductive/12_curation.ipynb #2f0b5ba2
 @torch.no_grad()
@@ -83,9 +83,10 @@ def suggest(
     items = free[drawn.sort().values.to(free.device)]
     G = _columns(_unlabeled_part(W, labeled), items, alpha, max_iter, tol)
     weight, chosen, gain = torch.where(labeled, 0, 1-certainty).to(G), [], []
+    own = weight[items]
     for _ in range(m):
         variance = G[items, torch.arange(len(items), device=G.device)]
-        worth = sum(w @ g.square() for w, g in zip(weight.split(4096), G.split(4096)))/variance
+        worth = sum(w @ g.square() for w, g in zip(weight.split(4096), G.split(4096)))*own/variance
         worth[chosen] = -torch.inf
         j = worth.argmax().item()
         chosen.append(j)
