@@ -361,8 +361,9 @@ def test_the_first_classes_are_typed(visit, tmp_path):
     page = LPInterpretation(nothing_labeled(0), vocab=[]).to_html(tmp_path/'label.html', suggest=6)
     tab = visit(page)
     assert tab.locator('nav button').count() == 1
+    assert tab.locator('#filter:focus').count() == 1
     for name in 'cat', 'dog':
-        tab.keyboard.type(name)  # the field has the focus
+        tab.keyboard.type(name)
         tab.keyboard.press('Enter')
     for key in '1', '2': tab.keyboard.press(key)
     tab.keyboard.type(' 1st')  # a space, since digits are keys
