@@ -31,11 +31,14 @@ from conftest import Break, Look, blob_learner, blob_model, blobs, flat_weights,
 from fastai_lp.experiments.results import read_lines
 from fastai_lp.estimator import LabelDiffusion
 from fastai_lp.interpret import LPInterpretation
+from fastai_lp.label_studio import labels_from_label_studio
 from fastai_lp.learner.callback import LPCallback
-from fastai_lp.learner.data import SemiCategorize
+from fastai_lp.learner.data import SemiCategorize, targets_of
 from fastai_lp.learner.features import Extractor
 from fastai_lp.learner.images import SemiImageDataLoaders
 from fastai_lp.learner.mean_teacher import MeanTeacherCallback
+from fastai_lp.learner.record import item_names
+from fastai_lp.learner.relabel import relabel
 from fastai_lp.learner.resume import ResumeCallback
 from fastai_lp.learner.splitting import LabeledOnlySplitter
 from fastai_lp.learner.streams import semi_dls
@@ -45,6 +48,7 @@ from fastai_lp.transductive.pseudo import PseudoLabels
 from fastai_lp.utils.files import append_json_line, atomic_write, read_npz
 
 LABELS, FEATURES, BATCHES, IMAGES = 'Labels', 'Features and graph', 'Batches', 'Image files and names'
+LABELING = 'Labeling'
 FILES, STOPPED, SPACE = 'Damaged or changed files', 'Interrupted or failed fits', 'No space left'
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='sets limits of a process as in Linux')
 
@@ -528,6 +532,73 @@ def test_a_validation_column_of_texts(shows, tmp_path):
         SemiImageDataLoaders.from_df(df, tmp_path, valid_col='valid')
 
 
+# Labeling
+
+@pytest.fixture
+def pets(tmp_path): return picture_learner(pictures(tmp_path/'pets', ('train/cat', 'train/dog'))).dls
+
+
+def interp_of(dls, vocab=('cat', 'dog')):
+    "Pseudo-labels of these items from two groups of points"
+    x, y, _ = clouds(len(dls.train_ds), c=2)
+    return LPInterpretation(propagate(x, y), items=item_names(dls.train), vocab=vocab, dl=dls.train)
+
+
+PET = 'un labeled/bild ñ 30.png'
+MISTAKES = {
+    'items that are not in the training set': (f'item,label\n{PET},cat\n30.png,cat\ny.png,dog\n',
+        r"items that are not in the training set: '30.png', 'y.png'\. Expected names as in .*, such as '.*png'"),
+    'an item of the validation set': ('item,label\nvalid/cat/bild ñ 8.png,dog\n', 'items of the validation set, .*ñ 8.png.*Remove'),
+    'two labels for an item': (f'item,label\n{PET},cat\n{PET},dog\n', "different labels for the item .*: 'cat' and 'dog'"),
+    'a label that is no class': (f'item,label\n{PET},dgo\n',
+        r"'dgo' of the item .* is not a class \(did you mean 'dog'\?\): expected 'cat', 'dog'. Correct"),
+    'semicolons instead of commas': (f'item;label\n{PET};cat\n', r"has the columns \['item;label'\]"),
+    'a table of pseudo-labels': (f'item,label,certainty\n{PET},cat,.5\n', 'is a table of pseudo-labels')}
+
+
+@pytest.mark.parametrize('what', MISTAKES)
+def test_labels_that_are_refused(shows, pets, tmp_path, what):
+    before, (text, match) = targets_of(pets.train).tolist(), MISTAKES[what]
+    (tmp_path/'labels.csv').write_text(text, encoding='utf-8')
+    with shows.error(LABELING, f'`relabel`: {what}', match): relabel(pets, tmp_path/'labels.csv')
+    assert targets_of(pets.train).tolist() == before
+
+
+def test_a_file_of_labels_that_does_not_exist(shows, pets, tmp_path):
+    with shows.error(LABELING, '`relabel`: the file does not exist', 'there is no file', FileNotFoundError):
+        relabel(pets, tmp_path/'labels.csv')
+
+
+def test_a_page_with_items_that_cannot_be_read(shows, pets, tmp_path):
+    interp, root = interp_of(pets), tmp_path/'pets'/'un labeled'
+    BREAK['missing'](root/'bild ñ 20.png')
+    BREAK['no image'](root/'bild ñ 30.png')
+    match, then = r'2 of \d+ items cannot be read', 'The page is written.'
+    with shows.warning(LABELING, '`to_html`: items cannot be read', match, then): page = interp.to_html(tmp_path/'label.html')
+    data = json.loads(page.read_text(encoding='utf-8').split('id="data">')[1].split('</script>')[0])
+    noted = {o['name']: o['note'] for o in data['items'] if 'note' in o}
+    assert noted == {str(root/f'bild ñ {i}.png'): 'This item cannot be read.' for i in (20, 30)}
+
+
+def test_classes_with_the_same_text(shows, pets, tmp_path):
+    with shows.error(LABELING, "`to_html`: classes 1 and '1'", "two classes have the same text '1'"):
+        interp_of(pets, [1, '1']).to_html(tmp_path/'label.html')
+    assert not (tmp_path/'label.html').exists()
+
+
+def test_another_export_of_label_studio(shows, tmp_path):
+    (file := tmp_path/'export.csv').write_text('image,choice\n/data/local-files/?d=1.png,cat\n')
+    with shows.error(LABELING, '`labels_from_label_studio`: an export as CSV', 'is not JSON'): labels_from_label_studio(file)
+
+
+def test_annotators_who_disagree(shows, tmp_path):
+    result = [[dict(type='choices', from_name='label', value=dict(choices=[o]))] for o in ('cat', 'dog')]
+    tasks = [dict(id=7, data=dict(item='1.png'), annotations=[dict(completed_by=i, result=o) for i, o in enumerate(result, 1)])]
+    (tmp_path/'export.json').write_text(json.dumps(tasks))
+    match = r"annotators disagree: '1.png': 'cat' \(annotator 1\), 'dog' \(annotator 2\)"
+    with shows.error(LABELING, '`labels_from_label_studio`: annotators disagree', match): labels_from_label_studio(tmp_path/'export.json')
+
+
 # Damaged or changed files
 
 def saved_pseudo_labels(path):
@@ -766,10 +837,28 @@ def test_folder_that_is_not_writable(shows, tmp_path, data):
     assert torch.equal(before[1], flat_weights(learn))
     learn.fit(1, cbs=LPCallback())
     interp = LPInterpretation.from_learner(learn)
+    with shows.error(SPACE, '`to_html`: the folder is not writable', 'nothing was written', OSError): interp.to_html('/proc/label.html')
     for save in (learn.lp_record.pseudo.save, interp.save, interp.to_csv):
         with pytest.raises(OSError, match='nothing was written'): save('/proc/labels.npz')
     (tmp_path/'a').write_text('a file')
     with pytest.raises(OSError, match='nothing was written'): interp.save(tmp_path/'a'/'b.npz')
+
+
+@linux
+def test_disk_full_while_a_page_is_written(shows, tmp_path):
+    (tmp_path/'label.html').write_text('the previous page')
+    res = limited("""
+from conftest import *
+from fastai_lp.interpret import LPInterpretation
+from fastai_lp.transductive.propagate import propagate
+interp = LPInterpretation(propagate(torch.eye(2).repeat(9, 1), [0, 1] + 16*[-1], k=3))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try: interp.to_html('label.html')
+except OSError as e: print(e)
+""", cwd=tmp_path)
+    with shows.error(SPACE, '`to_html`: the disk is full', 'the previous file is unchanged', OSError):
+        raise OSError(res.stdout.strip() or res.stderr)
+    assert [o.read_text() for o in tmp_path.iterdir()] == ['the previous page']
 
 
 def test_no_space_for_features(shows, data, monkeypatch):

@@ -170,12 +170,8 @@ def test_several_choices(read, tasks):
     with E(ValueError, match=r"several choices in one annotation: 'a' \(task 7\): 'cat', 'dog'. Choose"): read(tasks)
 
 
-@pytest.mark.parametrize('tasks', [
-    [task('a', annotation(['cat']), annotation(['dog'], user=2))],
-    [record('a', 'cat'), record('a', 'dog', user=2)],
-])
-def test_annotators_who_disagree(read, tasks):
-    with E(ValueError, match=r"annotators disagree: 'a': 'cat' \(annotator 1\), 'dog' \(annotator 2\). Decide"): read(tasks)
+def test_annotators_who_disagree(read):
+    with E(ValueError, match='annotators disagree'): read([record('a', 'cat'), record('a', 'dog', user=2)])
 
 
 def test_tasks_that_somebody_else_made(read):
@@ -187,7 +183,7 @@ def test_tasks_that_somebody_else_made(read):
         read([task('a', dict(result=annotation(['cat'], name='animal')['result'] + annotation(['red'], name='color')['result']))])
 
 
-@pytest.mark.parametrize('text, match', [('item,label', 'is not JSON'), ('{"id": 1}', 'is not a list of'), ('[1]', 'is not a list of')])
+@pytest.mark.parametrize('text, match', [('{"id": 1}', 'is not a list of'), ('[1]', 'is not a list of')])
 def test_files_that_are_no_exports(tmp_path, text, match):
     (tmp_path/'e.json').write_text(text)
     with E(ValueError, match=match): labels_from_label_studio(tmp_path/'e.json')
