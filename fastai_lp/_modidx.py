@@ -1457,6 +1457,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastai_lp/transductive/curation.py'),
                                                  'fastai_lp.transductive.curation.label_issues': ( 'transductive/curation.html#label_issues',
                                                                                                    'fastai_lp/transductive/curation.py'),
+                                                 'fastai_lp.transductive.curation.margin': ( 'transductive/curation.html#margin',
+                                                                                             'fastai_lp/transductive/curation.py'),
                                                  'fastai_lp.transductive.curation.suggest': ( 'transductive/curation.html#suggest',
                                                                                               'fastai_lp/transductive/curation.py')},
             'fastai_lp.transductive.diffusion': { 'fastai_lp.transductive.diffusion.Diffused': ( 'transductive/diffusion.html#diffused',

@@ -31,7 +31,7 @@ from .transductive.probe import (DiffusedFeatures, clamped, combined, distributi
     reduction, trust_in_diffusion)
 from .transductive.propagate import spread
 from .transductive.scoring import from_scores
-from .transductive.curation import label_issues, suggest
+from .transductive.curation import label_issues, margin, suggest
 
 # %% ../nbs/04_estimator.ipynb #d4ee1da2
 def _one_column(y):
@@ -399,7 +399,7 @@ def suggest(self:LabelDiffusion,
     **kwargs # see `curation.suggest`
 )->np.ndarray: # int [m]
     "Indices of the unlabeled rows to label next, most useful first"
-    return suggest(self._graph_tensor(), self._y >= 0, self.certainty_, m, self._spread(), **kwargs).items.cpu().numpy()
+    return suggest(self._graph_tensor(), self._y >= 0, margin(self.label_distributions_), m, self._spread(), **kwargs).items.cpu().numpy()
 
 
 @patch

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 from .utils.files import atomic_write, read_json_lines, read_npz
 from .transductive.pseudo import PseudoLabels
-from .transductive.curation import familiarity, label_issues, suggest
+from .transductive.curation import familiarity, label_issues, margin, suggest
 from .transductive.settings import check, integer
 from .learner.record import encode_truth, item_names, without_root
 from .plots import image_grid, plot_accuracy, plot_certainty, plot_confusion_matrix, plot_history
@@ -257,7 +257,8 @@ def suggest(self:LPInterpretation,
     **kwargs # see `curation.suggest`
 )->pd.DataFrame:
     "Unlabeled items to label next, most useful first: item, label, certainty, gain"
-    items, gain = suggest(self._graph(), self.pseudo.labeled, self.pseudo.certainty, m, **kwargs)
+    W, p = self._graph(), self.pseudo
+    items, gain = suggest(W, p.labeled, p.certainty if p.Z is None else margin(p.Z), m, **kwargs)
     return self.to_df().loc[items.numpy(), ['item', 'label', 'certainty']].assign(gain=gain.numpy())
 
 # %% ../nbs/03_interpret.ipynb #f73e9585

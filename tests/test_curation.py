@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from fastai_lp.learner.splitting import hide_labels
-from fastai_lp.transductive.curation import familiarity, label_issues, suggest
+from fastai_lp.transductive.curation import LEAST, familiarity, label_issues, margin, suggest
 from fastai_lp.transductive.graph import affinity, normalize
 from fastai_lp.transductive.neighbors import knn
 from fastai_lp.transductive.propagate import propagate, spread
@@ -24,7 +24,7 @@ def covariance(W, labeled, alpha):
     return torch.linalg.inv(torch.eye(len(S)).double() - alpha*S)
 
 
-def uncertainty(W, labeled, certainty, alpha): return (1-certainty)[~labeled].double() @ covariance(W, labeled, alpha).diagonal()
+def uncertainty(W, labeled, certainty, alpha): return (1-certainty).clamp(min=LEAST)[~labeled].double() @ covariance(W, labeled, alpha).diagonal()
 
 
 def greedy(W, labeled, certainty, m, alpha):
@@ -32,7 +32,7 @@ def greedy(W, labeled, certainty, m, alpha):
     labeled, chosen, gain = labeled.clone(), [], []
     for _ in range(m):
         before = uncertainty(W, labeled, certainty, alpha)
-        def drop(j): return (1-certainty[j])*(before - uncertainty(W, labeled | (torch.arange(len(W)) == j), certainty, alpha))
+        def drop(j): return max(1-certainty[j], LEAST)*(before - uncertainty(W, labeled | (torch.arange(len(W)) == j), certainty, alpha))
         j = max((~labeled).nonzero().flatten().tolist(), key=drop)
         chosen.append(j)
         gain.append(drop(j))
@@ -59,6 +59,20 @@ def test_suggestions_are_unlabeled_distinct_and_not_isolated():
     assert not labeled[items].any()
     assert items.max() < 60
     assert set(suggest(W, labeled, torch.zeros(63), 58).items.tolist()) == set(range(5, 63))
+
+
+def test_margin_is_the_difference_of_the_largest_shares():
+    Z = torch.tensor([[3., 1, 0], [1, 1, -9], [0, 0, 0], [0, 5, 0]])
+    assert torch.equal(margin(Z), torch.tensor([.5, 0, 0, 1]))
+    assert torch.equal(margin(Z[:, :1]), torch.zeros(4))
+
+
+def test_suggestions_if_everything_seems_certain():
+    "As by the least uncertainty of all, and not the first items in order"
+    W, labeled = small(), torch.arange(40) < 4
+    items = suggest(W, labeled, torch.ones(40), 6).items
+    assert torch.equal(items, suggest(W, labeled, torch.zeros(40), 6).items)
+    assert not torch.equal(items, torch.arange(4, 10))
 
 
 def test_candidates_are_drawn_by_the_seed():

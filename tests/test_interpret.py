@@ -40,7 +40,7 @@ from fastai_lp.learner.splitting import LabeledOnlySplitter
 from fastai_lp.learner.streams import semi_dls
 from fastai_lp.plots import image_grid, plot_confusion_matrix
 from fastai_lp.transductive.advice import advice
-from fastai_lp.transductive.curation import familiarity, label_issues, suggest
+from fastai_lp.transductive.curation import familiarity, label_issues, margin, suggest
 from fastai_lp.transductive.ensemble import Ensemble
 from fastai_lp.transductive.labelers import NetworkPrediction
 from fastai_lp.transductive.pseudo import PseudoLabels
@@ -76,10 +76,12 @@ def test_tables_equal_the_record():
 def test_suggestions_and_issues_are_those_of_curation():
     learn, data = fitted()
     interp, p = LPInterpretation.from_learner(learn), learn.lp_record.pseudo
-    items, gain = suggest(p.W, p.labeled, p.certainty, 5)
+    items, gain = suggest(p.W, p.labeled, margin(p.Z), 5)
     asked = interp.suggest(5)
     assert asked.index.tolist() == asked.item.tolist() == items.tolist()
     assert asked.gain.tolist() == gain.tolist()
+    without_scores = LPInterpretation(replace(p, Z=None)).suggest(5)
+    assert without_scores.index.tolist() == suggest(p.W, p.labeled, p.certainty, 5).items.tolist()
     p.labels[4] = (p.labels[4]+1) % 3
     issues, found = interp.label_issues(), label_issues(p.W, torch.where(p.labeled, p.labels, -1), 3)
     assert issues.index.tolist() == found.items.tolist()
