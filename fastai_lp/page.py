@@ -132,14 +132,15 @@ def _entries(idxs, proposed, **more):
 def _to_label(interp, m):
     free = (~interp.pseudo.labeled).nonzero().flatten()
     if interp.pseudo.W is None or not len(free): return free[interp.pseudo.certainty[free].argsort(stable=True)[:m]]
-    return torch.as_tensor(interp.suggest(min(m, len(free)), pool=max(m, 1000)).index.to_numpy())
+    return torch.tensor(interp.suggest(min(m, len(free)), pool=max(m, 1000)).index.to_numpy())
 
 
 def _most_certain(p):
-    per_class = max(1, min(PER_CLASS, MOST_CERTAIN//len(p.class_weights)))
+    c = len(p.class_weights)
+    per_class = max(1, min(PER_CLASS, MOST_CERTAIN//max(1, c)))
     found = (~p.labeled & p.reached).nonzero().flatten()
     found = found[p.certainty[found].argsort(descending=True, stable=True)]
-    return torch.cat([found[p.labels[found] == c][:per_class] for c in range(len(p.class_weights))])[:MOST_CERTAIN]
+    return torch.cat([found[:0], *(found[p.labels[found] == i][:per_class] for i in range(c))])[:MOST_CERTAIN]
 
 # %% ../nbs/02_page.ipynb #7d1c0a18
 def lists(
@@ -148,11 +149,12 @@ def lists(
 )->list: # dicts of `title`, `about`, `entries`, and `browse` for those to look at
     "The lists of the page, without empty ones"
     p, graph = interp.pseudo, interp.pseudo.W is not None
+    compared = graph and p.labeled.any()
     about = "Labels of these items tell the model most, the most useful one first." if graph else \
         "The items with the least certain labels. There is no graph to choose from."
     asked, certain = _to_label(interp, m), _most_certain(p)
     res = [dict(title='To label', about=about, entries=_entries(asked, p.labels[asked]))]
-    if graph:
+    if compared:
         about = "These given labels contradict the other labels, the most doubtful one first. Choose the right class, or skip."
         idxs, other, doubt = (o[:m] for o in label_issues(p.W, torch.where(p.labeled, p.labels, -1), len(interp.vocab)))
         entries = _entries(idxs, other, given=p.labels[idxs].tolist(), doubt=doubt.tolist())
@@ -160,9 +162,9 @@ def lists(
     about = "These should all be right. If a class has wrong ones, it needs more labels. Click an item to correct it."
     entries = _entries(certain, p.labels[certain], group=p.labels[certain].tolist())
     res.append(dict(title='Most certain', about=about, browse=True, entries=entries))
-    if graph and not p.labeled.all():
+    if compared and not p.labeled.all():
         about = "These are unlike all labeled items: they may belong to no class, or to a class without labels."
-        junk = torch.as_tensor(interp.suspected_junk(m)[lambda o: o.familiarity < UNFAMILIAR].index.to_numpy())
+        junk = torch.tensor(interp.suspected_junk(m)[lambda o: o.familiarity < UNFAMILIAR].index.to_numpy())
         res.append(dict(title='Suspected junk', about=about, browse=True, entries=_entries(junk, p.labels[junk])))
     res = [o | dict(entries=list(o['entries'])) for o in res]
     return [o for o in res if o['entries']]
@@ -183,7 +185,8 @@ def figures(
 )->list: # dicts of `picture`, a data URI, `text` for those who do not see it, `width` and `height`
     "The figures of the page"
     p, known = interp.pseudo, [r['accuracy'] for r in interp.history if r.get('accuracy') is not None]
-    res = [_svg(interp.plot_certainty), _svg(interp.plot_accuracy)]
+    found = (~p.labeled & p.reached).any()
+    res = [_svg(interp.plot_certainty) if found else None, _svg(interp.plot_accuracy)]
     texts = f'Histogram, mean {p.certainty[~p.labeled].mean():.2f}', f'Curve, last value {known[-1]:.1%}' if known else ''
     return [o | dict(text=f"{o.pop('title')}. {text}.") for o, text in zip(res, texts) if o]
 
@@ -191,9 +194,9 @@ def figures(
 def counts(
     interp, # `LPInterpretation`
 )->list: # rows of text: a header, then one per class
-    "How many labels each class has, and how certain its pseudo-labels are"
+    "How many labels each class has, and how certain its pseudo-labels are; only the header if nothing is labeled"
     p, rows = interp.pseudo, [['class', 'given labels', 'pseudo-labels', 'mean certainty']]
-    for c, name in enumerate(interp.vocab):
+    for c, name in enumerate(interp.vocab if p.labeled.any() else []):
         given, found = p.labeled & (p.labels == c), ~p.labeled & (p.labels == c)
         mean = f'{p.certainty[found].mean():.2f}' if found.any() else '–'
         rows.append([str(name), f'{given.sum():,}', f'{found.sum():,}', mean])
@@ -217,8 +220,9 @@ def page_data(
         "to see them, write the page with from_learner, or pass dl= to load.")
     if p.labeled.all(): notes.append("All items are labeled.")
     if len(set(map(str, interp.items))) < len(p.labels): notes.append("Some items have the same name: labels.csv cannot tell them apart.")
-    summary = f'{len(p.labels):,} items, {p.labeled.sum():,} labeled, {len(interp.vocab):,} classes'
-    if unreached := (~p.reached).sum(): summary += f', {unreached:,} that no label reaches'
+    c, unreached = len(interp.vocab), (~p.reached).sum()
+    summary = f"{len(p.labels):,} items, {p.labeled.sum():,} labeled, {c:,} class{'' if c == 1 else 'es'}"
+    if unreached and p.labeled.any(): summary += f', {unreached:,} that no label reaches'
     return dict(classes=[str(o) for o in interp.vocab], items=items, lists=shown, figures=figures(interp), counts=counts(interp),
         notes=notes, summary=summary)
 

@@ -16,18 +16,24 @@ import torch
 from fastai.data.block import DataBlock
 from fastai.data.core import Datasets, TfmdDL
 from fastai.data.transforms import ColReader, ColSplitter
+from fastai.learner import Learner
 from fastai.tabular.all import Categorify, CategoryBlock, Normalize, TabularPandas
 from fastai.text.data import TextBlock
 from fastai.vision.core import PILImage
 from fastcore.basics import noop
 from PIL import Image
 
-from conftest import blobs
+from conftest import blobs, quiet
+from fastai_lp.experiments.models import small_convnet
 from fastai_lp.interpret import LPInterpretation
+from fastai_lp.learner.callback import LPCallback
+from fastai_lp.learner.images import SemiImageDataLoaders
+from fastai_lp.learner.relabel import relabel
 from fastai_lp.page import PER_CLASS, as_pil, item_content, page_data, picture
 from fastai_lp.transductive.graph import affinity
 from fastai_lp.transductive.labelers import NetworkPrediction
 from fastai_lp.transductive.propagate import propagate, spread
+from fastai_lp.transductive.pseudo import PseudoLabels
 
 root = Path(__file__).resolve().parents[1]
 CLASSES = [
@@ -257,28 +263,136 @@ def downloaded(tab, tmp_path):
     return tmp_path/'labels.csv'
 
 
+def add_class(tab, name):
+    tab.keyboard.insert_text(name) if tab.locator('#filter:focus').count() else tab.fill('#filter', name)
+    tab.keyboard.press('Enter')
+
+
 @pytest.mark.browser
-def test_label_by_keys_undo_reload_download(pictures, visit, tmp_path):
-    tab = visit(pictures.to_html(tmp_path/'label.html', suggest=40))
-    assert tab.locator('#classes bdi').all_text_contents() == CLASSES
-    expected = {}
-    for k in range(40):
+@pytest.mark.filterwarnings('ignore:LPCallback, epoch')
+def test_label_by_keys_undo_reload_download_and_train(pictures, visit, tmp_path):
+    "The whole loop: train, label, two new classes among them, and train with the labels"
+    vocab, y = sorted(CLASSES), [None if o < 0 else CLASSES[o] for o in torch.where(pictures.pseudo.labeled, pictures.pseudo.labels, -1)]
+    dls = SemiImageDataLoaders.from_lists(tmp_path, pictures.items, y, valid_pct=0, bs=16, num_workers=0, device='cpu')
+    def fitted(dls):
+        learn = quiet(Learner(dls, small_convnet(len(dls.vocab), n_in=3, width=4), cbs=LPCallback()))
+        learn.fit(1)
+        return LPInterpretation.from_learner(learn)
+    interp = fitted(dls)
+    tab = visit(interp.to_html(tmp_path/'label.html', suggest=40))
+    assert tab.locator('#classes bdi').all_text_contents() == vocab
+    expected, new = {}, ['<b>new</b>', '鳥 & "חתול"']
+    for k, item in enumerate(interp.suggest(40).item):
         assert tab.locator('#where').text_content() == f'Item {k+1} of 40'
-        tab.keyboard.press(f'{k % 7 + 1}')
-        expected[pictures.suggest(40).item.iloc[k]] = CLASSES[k % 7]
+        expected[item] = [*vocab, *new][k % 9]
+        if k in (7, 8): add_class(tab, expected[item])
+        else: tab.keyboard.press(f'{k % 9 + 1}')
     assert tab.locator('#end-title').text_content() == 'This list is done'
     tab.keyboard.press('Backspace')
-    assert tab.locator('#where').text_content() == 'Item 40 of 40'
     tab.reload()
     assert tab.locator('#where').text_content() == 'Item 40 of 40'
     assert tab.locator('#count').text_content() == ' (39)'
-    tab.keyboard.press('7')
-    *_, last = expected
-    expected[last] = CLASSES[6]
-    read = pd.read_csv(downloaded(tab, tmp_path), keep_default_na=False)
-    assert dict(zip(read.item, read.label)) == expected
-    assert len(read) == 40
-    assert read.item.isin(pictures.to_df().item).all()
+    tab.keyboard.press('9')
+    expected[item] = new[1]
+    with pytest.warns(UserWarning, match='became classes'): dls = relabel(dls, downloaded(tab, tmp_path), add_classes=True)
+    assert list(dls.vocab) == [*vocab, *new]
+    df = fitted(dls).to_df()[lambda o: o.labeled]
+    assert dict(zip(df.item, df.label)) == expected | {item: o for item, o in zip(pictures.items, y) if o}
+
+
+@pytest.mark.browser
+def test_new_classes(visit, tmp_path):
+    vocab = ['black cat', 'cat', 'Éclair']
+    page = LPInterpretation(pseudo_labels(60, 3), vocab=vocab).to_html(tmp_path/'label.html', suggest=9)
+    tab = visit(page)
+    def shown(tab): return [o.strip() for o in tab.locator('#classes bdi').all_text_contents()]
+    def count(): return int(tab.locator('#count').text_content().strip(' ()'))
+    add = tab.locator('#add')
+    assert add.is_disabled()
+    for name in 'CAT', 'Cat ', 'black\u00a0 cat', 'e\u0301CLAIR', 'ca\u200bt':
+        tab.fill('#filter', name)
+        assert add.is_disabled() and 'already' in tab.locator('#note').text_content()
+    tab.fill('#filter', '\u200b ')
+    assert add.is_disabled()
+    tab.keyboard.press('Enter')
+    assert count() == 0
+    tab.fill('#filter', 'cat')
+    assert tab.locator('[data-enter]').text_content().endswith('cat') and not tab.locator('#note').is_visible()
+    tab.keyboard.press('Enter')
+    for name in ' big   dog ', 'og':
+        tab.keyboard.type(name)
+        if name == 'og': tab.keyboard.press('Tab')  # to the button, since the name is a part of another one
+        tab.keyboard.press('Enter')
+    assert shown(tab) == [*vocab, 'big dog', 'og']
+    tab.keyboard.press('Backspace')
+    assert shown(tab) == [*vocab, 'big dog'], 'the only label of a new class is taken back, and the class with it'
+    other = tab.context.new_page()
+    other.goto(page.as_uri())
+    assert shown(other) == shown(tab)
+    other.fill('#filter', '3D')
+    other.click('#add')
+    tab.wait_for_function("document.getElementById('count').textContent === ' (3)'")
+    tab.locator('body').press('5')
+    tab.locator('body').press('Escape')
+    read = pd.read_csv(downloaded(tab, tmp_path))
+    assert read.label.tolist() == ['cat', 'big dog', '3D', '3D']
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('stored', [
+    '[[0, "cat"', '[[0, "new ", 0], [0, {}, 0], 1, null, [0, "", 0], [0, 9, 0], [0, "x", 9]]', '{"log": 1}', '7'])
+def test_damaged_progress_is_ignored(visit, tmp_path, stored):
+    page = LPInterpretation(pseudo_labels(60, 3)).to_html(tmp_path/'label.html', suggest=5)
+    key = f'fastai_lp {parts(page)[1]["id"]}'
+    tab = visit(page, f'if (!localStorage.length) localStorage.setItem({json.dumps(key)}, {json.dumps(stored)})')
+    assert tab.locator('#count').text_content() == ' (0)'
+    tab.keyboard.press('1')
+    assert tab.locator('#count').text_content() == ' (1)'
+
+
+def nothing_labeled(c, graph=True, n=60):
+    p, no = pseudo_labels(n, 3), torch.zeros(n, dtype=torch.bool)
+    return PseudoLabels(torch.full((n,), -1), torch.zeros(n), torch.ones(c), labeled=no, reached=no, W=p.W if graph else None)
+
+
+@pytest.mark.parametrize('graph', [True, False])
+@pytest.mark.parametrize('vocab', [[], ['cat'], ['cat', 'dog']], ids=len)
+def test_nothing_is_labeled(tmp_path, vocab, graph):
+    interp = LPInterpretation(nothing_labeled(len(vocab), graph), items=[f'{i}.png' for i in range(60)], vocab=vocab)
+    data = page_data(interp, 40, 60)
+    asked = [data['items'][o['item']]['name'] for o in data['lists'][0]['entries']]
+    assert [o['title'] for o in data['lists']] == ['To label'] and len(set(asked)) == 40
+    if graph: assert asked == interp.suggest(40).item.tolist()
+    assert data['classes'] == vocab and data['figures'] == [] and len(data['counts']) == 1
+    assert data['summary'] == f"60 items, 0 labeled, {len(vocab)} class{'' if len(vocab) == 1 else 'es'}"
+    interp = LPInterpretation.load(interp.save(tmp_path/'a.npz'))
+    df = pd.read_csv(interp.to_csv(tmp_path/'a.csv'))
+    assert df.label.isna().all() and (df.weight == 0).all() and interp.vocab == vocab
+
+
+@pytest.mark.browser
+def test_the_first_classes_are_typed(visit, tmp_path):
+    page = LPInterpretation(nothing_labeled(0), vocab=[]).to_html(tmp_path/'label.html', suggest=6)
+    tab = visit(page)
+    assert tab.locator('nav button').count() == 1
+    for name in 'cat', 'dog':
+        tab.keyboard.type(name)  # the field has the focus
+        tab.keyboard.press('Enter')
+    for key in '1', '2': tab.keyboard.press(key)
+    tab.keyboard.type(' 1st')  # a space, since digits are keys
+    tab.keyboard.press('Enter')
+    tab.keyboard.press('3')
+    assert pd.read_csv(downloaded(tab, tmp_path)).label.tolist() == ['cat', 'dog', 'cat', 'dog', '1st', '1st']
+
+
+@pytest.mark.browser
+def test_digits_are_their_own_keys(visit, tmp_path):
+    tab = visit(LPInterpretation(pseudo_labels(60, 3)).to_html(tmp_path/'label.html', suggest=5))
+    tab.keyboard.press('2')
+    tab.keyboard.type('none')
+    tab.keyboard.press('Enter')
+    for key in '0', '3': tab.keyboard.press(key)  # 3 is the first free key
+    assert pd.read_csv(downloaded(tab, tmp_path), keep_default_na=False).label.tolist() == ['2', 'none', '0', 'none']
 
 
 @pytest.mark.browser

@@ -37,7 +37,8 @@ class PseudoLabels:
 @patch(as_prop=True)
 def weights(self:PseudoLabels)->torch.Tensor: # float32 [n]
     "The weight ω·ζ of each item in Eq. 12; 0 for unreached items"
-    return torch.where(self.reached, self.certainty*self.class_weights[self.labels.clamp(min=0)], 0)
+    zeta = torch.cat([self.class_weights, self.class_weights.new_zeros(1)])[self.labels]  # −1: the zero
+    return torch.where(self.reached, self.certainty*zeta, 0)
 
 # %% ../../nbs/transductive/07_pseudo.ipynb #cfc02d32
 @patch
