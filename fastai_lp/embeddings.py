@@ -137,13 +137,13 @@ class Cache:
         make, # function from a list of paths to what `embed` returns; None: everything is there
     )->Embeddings:
         "The embeddings; those that are missing are made and kept"
-        if self.missing:
-            self.kept |= dict(zip(self.missing, make([Path(self.folder)/name for name, *_ in self.missing])))
+        files = [Path(self.folder)/name for name, *_ in self.missing]
+        if files: self.kept |= dict(zip(self.missing, make(files)))
         found = [self.kept[o] for o in self.stamps]
         rows = [o for o in found if not isinstance(o, str)]
         failed = {name: o for name, o in zip(self.names, found) if isinstance(o, str)}
         res = Embeddings([o for o in self.names if o not in failed], np.stack(rows) if rows else np.empty((0, 0)), failed)
-        if self.missing: self._write(res)
+        if files: self._write(res)
         return res
 
     def _write(self, found):
