@@ -21,6 +21,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_lp.embeddings._kept': ('embeddings.html#_kept', 'fastai_lp/embeddings.py'),
                                       'fastai_lp.embeddings._rows': ('embeddings.html#_rows', 'fastai_lp/embeddings.py'),
                                       'fastai_lp.embeddings._same': ('embeddings.html#_same', 'fastai_lp/embeddings.py'),
+                                      'fastai_lp.embeddings._stacked': ('embeddings.html#_stacked', 'fastai_lp/embeddings.py'),
                                       'fastai_lp.embeddings._stamp': ('embeddings.html#_stamp', 'fastai_lp/embeddings.py'),
                                       'fastai_lp.embeddings.embed': ('embeddings.html#embed', 'fastai_lp/embeddings.py'),
                                       'fastai_lp.embeddings.open_image': ('embeddings.html#open_image', 'fastai_lp/embeddings.py')},

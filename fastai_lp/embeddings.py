@@ -7,6 +7,7 @@ __all__ = ['WORKERS', 'open_image', 'Squares', 'Progress', 'embed', 'Embeddings'
 
 # %% ../nbs/08_embeddings.ipynb #08a00004
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,18 +79,17 @@ def embed(
     files:list, # paths of images
     size:int, # side of the square in pixels
     network=None, # `Pretrained`; None: the squares themselves, as uint8
-)->list: # per file an array [d], or a text if it cannot be read: the reason
+)->Iterator: # per file an array [d], or a text if it cannot be read: the reason
     "Read image files and make their embeddings"
-    device, res = default_device(), []
+    device, done = default_device(), 0
     if network is not None: network.model.to(device)
     progress = Progress(len(files), 'reading images')
     workers = WORKERS if len(files) > 200 else 0
     for batch in DataLoader(Squares(files, size), batch_size=32, num_workers=workers, collate_fn=_same):
         read = [o for o in batch if isinstance(o, torch.Tensor)]
         rows = iter(_rows(torch.stack(read), network, device) if read else ())
-        res += [next(rows) if isinstance(o, torch.Tensor) else o for o in batch]
-        progress(len(res))
-    return res
+        yield from (next(rows) if isinstance(o, torch.Tensor) else o for o in batch)
+        progress(done := done+len(batch))
 
 
 @torch.inference_mode()
@@ -137,17 +137,23 @@ class Cache:
         make, # function from a list of paths to what `embed` returns; None: everything is there
     )->Embeddings:
         "The embeddings; those that are missing are made and kept"
-        files = [Path(self.folder)/name for name, *_ in self.missing]
-        if files: self.kept |= dict(zip(self.missing, make(files)))
+        if self.missing:
+            made = make([Path(self.folder)/name for name, *_ in self.missing])
+            try:
+                for o, stamp in zip(made, self.missing): self.kept[stamp] = o
+            finally: self._write()
         found = [self.kept[o] for o in self.stamps]
-        rows = [o for o in found if not isinstance(o, str)]
         failed = {name: o for name, o in zip(self.names, found) if isinstance(o, str)}
-        res = Embeddings([o for o in self.names if o not in failed], np.stack(rows) if rows else np.empty((0, 0)), failed)
-        if files: self._write(res)
-        return res
+        return Embeddings([o for o in self.names if o not in failed], _stacked(found), failed)
 
-    def _write(self, found):
-        stamps = np.array([o[1:] for o in self.stamps]).reshape(-1, 2)
-        failed = [found.failed.get(o, '') for o in self.names]
-        with atomic_write(self.fname, checksum=True) as f:
-            np.savez(f, key=self.key, names=self.names, stamps=stamps, failed=failed, rows=found.rows)
+    def _write(self):
+        stamps = [o for o in self.stamps if o in self.kept]
+        found = [self.kept[o] for o in stamps]
+        arrays = dict(names=[o[0] for o in stamps], stamps=np.array([o[1:] for o in stamps]).reshape(-1, 2), rows=_stacked(found),
+            failed=[o if isinstance(o, str) else '' for o in found])
+        with atomic_write(self.fname, checksum=True) as f: np.savez(f, key=self.key, **arrays)
+
+
+def _stacked(found):
+    rows = [o for o in found if not isinstance(o, str)]
+    return np.stack(rows) if rows else np.empty((0, 0))

@@ -94,6 +94,7 @@ def test_a_round(folder, weights, capsys):
     assert (df.label == [color(folder/o) for o in df.index]).mean() > .95
     assert set(NAMES) < set(df.index)
     said = capsys.readouterr().out
+    assert 'reading images: 60 of 60' in said
     assert '60 images, 4 labeled (b, "lue" 2, red 2)' in said
     assert 'lp_label photos --suggest 5 --size 32 --labels ~/Downloads/labels.csv' in said
     page = parts(folder/'lp_label'/'label.html')[1]
@@ -179,6 +180,21 @@ def test_interrupted(folder, weights, monkeypatch):
     monkeypatch.setattr(label_folder.LabelDiffusion, 'fit', interrupt)
     with pytest.raises(SystemExit, match='Stopped'): lp_label('photos', size=32, labels=write({NAMES[0]: 'owl'}))
     assert contents(folder) == before
+
+
+def test_interrupted_while_reading(folder, weights, monkeypatch):
+    "What was read is kept"
+    def some(files, **kwargs):
+        yield from embeddings.embed(files[:20], **kwargs)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(label_folder, 'embed', some)
+    with pytest.raises(SystemExit, match='Stopped'): label(folder)
+    read = []
+    monkeypatch.setattr(label_folder, 'embed', lambda files, **kwargs: read.extend(files) or embeddings.embed(files, **kwargs))
+    df = label(folder)
+    assert len(read) == 40
+    shutil.rmtree(folder/'lp_label')
+    np.testing.assert_allclose(label(folder).certainty, df.certainty, rtol=1e-3)
 
 
 # Few labels
