@@ -30,7 +30,8 @@ from .transductive.diffusion import diffuse
 from .transductive.probe import (DiffusedFeatures, clamped, combined, distributions, log_mean, logistic, new_alpha,
     reduction, trust_in_diffusion)
 from .transductive.propagate import spread
-from .transductive.scoring import from_scores
+from .transductive.pseudo import PseudoLabels
+from .transductive.scoring import class_weights, from_scores
 from .transductive.curation import label_issues, margin, suggest
 
 # %% ../nbs/04_estimator.ipynb #d4ee1da2
@@ -411,3 +412,13 @@ def label_issues(self:LabelDiffusion,
     idxs, suggested, doubt = (o.cpu().numpy() for o in found)
     given = self.classes_[self._y.numpy()[idxs]]
     return pd.DataFrame(dict(given=given, suggested=self.classes_[suggested], doubt=doubt), index=idxs)
+
+# %% ../nbs/04_estimator.ipynb #4be1a002
+@patch
+def pseudo_labels(self:LabelDiffusion)->PseudoLabels:
+    "The labels of the rows of `fit` by the index of their class, for `LPInterpretation(…, vocab=self.classes_)`"
+    W, given = self._graph_tensor().cpu(), self._y >= 0
+    labels = torch.from_numpy(np.where(self.reached_, np.searchsorted(self.classes_, self.transduction_), -1))
+    found = dict(certainty=torch.from_numpy(self.certainty_), reached=torch.from_numpy(self.reached_), Z=torch.from_numpy(self._Z))
+    return PseudoLabels(labels, labeled=given, class_weights=class_weights(labels, len(self.classes_)), W=W, n_iter=self.n_iter_,
+        residual=self.residual_, **found)

@@ -269,7 +269,7 @@ def label_issues(self:LPInterpretation,
     "Labeled items with a doubtful label, most doubtful first: item, given, suggested, doubt"
     p = self.pseudo
     given = torch.where(p.labeled, p.labels, -1)
-    idxs, suggested, doubt = label_issues(self._graph(), given, len(self.vocab), **kwargs)
+    idxs, suggested, doubt = label_issues(self._graph(), given, **kwargs)
     df = pd.DataFrame(dict(item=self.items[idxs.numpy()], given=self._names(given[idxs])), index=idxs.numpy())
     return df.assign(suggested=self._names(suggested), doubt=doubt.numpy())
 

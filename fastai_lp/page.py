@@ -156,7 +156,7 @@ def lists(
     res = [dict(title='To label', about=about, entries=_entries(asked, p.labels[asked]))]
     if compared:
         about = "These given labels contradict the other labels, the most doubtful one first. Choose the right class, or skip."
-        idxs, other, doubt = (o[:m] for o in label_issues(p.W, torch.where(p.labeled, p.labels, -1), len(interp.vocab)))
+        idxs, other, doubt = (o[:m] for o in label_issues(p.W, torch.where(p.labeled, p.labels, -1)))
         entries = _entries(idxs, other, given=p.labels[idxs].tolist(), doubt=doubt.tolist())
         res.append(dict(title='Labels to check', about=about, entries=entries))
     about = "These should all be right. If a class has wrong ones, it needs more labels. Click an item to correct it."

@@ -33,7 +33,7 @@ def program(name): return Path(sys.executable).with_name(name)
 
 def test_programs_exist():
     ours = [o for o in entry_points(group='console_scripts') if o.value.startswith('fastai_lp.')]
-    assert {o.name for o in ours} == {'lp_train', 'lp_tables', 'lp_figures'}
+    assert {o.name for o in ours} == {'lp_label', 'lp_train', 'lp_tables', 'lp_figures'}
     for o in ours: assert callable(o.load())
 
 
