@@ -24,7 +24,8 @@ def covariance(W, labeled, alpha):
     return torch.linalg.inv(torch.eye(len(S)).double() - alpha*S)
 
 
-def uncertainty(W, labeled, certainty, alpha): return (1-certainty).clamp(min=LEAST)[~labeled].double() @ covariance(W, labeled, alpha).diagonal()
+def uncertainty(W, labeled, certainty, alpha):
+    return (1-certainty).clamp(min=LEAST)[~labeled].double() @ covariance(W, labeled, alpha).diagonal()
 
 
 def greedy(W, labeled, certainty, m, alpha):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torchvision.models import resnet18
 
-from fastai_lp import embeddings, label_folder
-from fastai_lp.label_folder import lp_label
+from fastai_lp.folder import commands, embeddings
+from fastai_lp.folder.commands import lp_label
 from test_page import add_class, chromium, downloaded, parts, visit  # chkstyle: ignore (fixtures)
 
 RED, BLUE, GREEN = (220, 60, 60), (60, 60, 220), (60, 220, 60)
@@ -155,7 +155,7 @@ def test_results_in_another_folder(folder, weights):
 
 def test_each_image_is_read_once(folder, weights, monkeypatch):
     read = []
-    monkeypatch.setattr(label_folder, 'embed', lambda files, **kwargs: read.extend(files) or embeddings.embed(files, **kwargs))
+    monkeypatch.setattr(commands, 'embed', lambda files, **kwargs: read.extend(files) or embeddings.embed(files, **kwargs))
     df = label(folder)
     assert len(read) == 60
     read.clear()
@@ -177,7 +177,7 @@ def test_interrupted(folder, weights, monkeypatch):
     label(folder)
     before = contents(folder)
     def interrupt(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(label_folder.LabelDiffusion, 'fit', interrupt)
+    monkeypatch.setattr(commands.LabelDiffusion, 'fit', interrupt)
     with pytest.raises(SystemExit, match='Stopped'): lp_label('photos', size=32, labels=write({NAMES[0]: 'owl'}))
     assert contents(folder) == before
 
@@ -187,10 +187,10 @@ def test_interrupted_while_reading(folder, weights, monkeypatch):
     def some(files, **kwargs):
         yield from embeddings.embed(files[:20], **kwargs)
         raise KeyboardInterrupt
-    monkeypatch.setattr(label_folder, 'embed', some)
+    monkeypatch.setattr(commands, 'embed', some)
     with pytest.raises(SystemExit, match='Stopped'): label(folder)
     read = []
-    monkeypatch.setattr(label_folder, 'embed', lambda files, **kwargs: read.extend(files) or embeddings.embed(files, **kwargs))
+    monkeypatch.setattr(commands, 'embed', lambda files, **kwargs: read.extend(files) or embeddings.embed(files, **kwargs))
     df = label(folder)
     assert len(read) == 40
     shutil.rmtree(folder/'lp_label')
@@ -304,7 +304,7 @@ def test_mistakes_in_labels(tmp_path, text, message, monkeypatch):
 
 def test_program(tmp_path):
     "In a shell: help, one line for a mistake, no traceback"
-    (tmp_path/'program.py').write_text('from fastai_lp.label_folder import lp_label\nlp_label()\n')
+    (tmp_path/'program.py').write_text('from fastai_lp.folder.commands import lp_label\nlp_label()\n')
     def run(*args):
         command = [sys.executable, '-W', 'ignore', 'program.py', *args]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
