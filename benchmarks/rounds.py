@@ -3,10 +3,12 @@
 Starts with one label per class. photos, sentences, digits: `LabelDiffusion` on embeddings or pixels (see real_data.py). network:
 a network for the digits, trained again in each round with `LPCallback`. All choices of a draw start with the same labels. Each
 line of results/rounds.jsonl has the errors of a draw and a choice after 0 to 5 rounds: on unlabeled items ("unlabeled") and on new
-ones ("new"). Lines that are in the file are skipped. About half an hour on one core. `suggest` was chosen on draws from 100 on,
-with other photographs.
+ones ("new"). Lines that are in the file are skipped. About an hour and a half on one core. `suggest` was chosen on draws from 100
+on, with other photographs. Reproduces results/rounds.jsonl:
 
-    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/rounds.py"""
+    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/rounds.py --data photos,digits --draws 0-19
+    FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/rounds.py --data sentences
+    OMP_NUM_THREADS=1 python benchmarks/rounds.py --data network --draws 0-4"""
 from pathlib import Path
 
 import numpy as np
