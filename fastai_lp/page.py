@@ -82,9 +82,10 @@ def _row(row):
 
 def _untokenized(text):
     "A decoded text of fastai's tokens, with its capitals; words that are not in the vocabulary are …"
+    text = re.sub(r'\bxxunk\b', '…', text)
     text = re.sub(r'\bxxup (\S+)', lambda m: m[1].upper(), text)
     text = re.sub(r'\bxxmaj (\S+)', lambda m: m[1].capitalize(), text)
-    return re.sub(r'\bxx(?:bos|eos|pad|fld)\b ?', '', text).replace('xxunk', '…')
+    return re.sub(r'\bxx(?:bos|eos|pad|fld)\b ?', '', text)
 
 # %% ../nbs/02_page.ipynb #7d1c0a30
 def item_content(

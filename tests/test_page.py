@@ -167,7 +167,7 @@ def test_texts_and_tables():
 
 
 def test_tokenized_texts_get_their_capitals_back():
-    df = pd.DataFrame(dict(text=['You LOVE this film', 'This Film is not ...'], valid=[False, False]))
+    df = pd.DataFrame(dict(text=['You LOVE this film', 'This Film is not Good'], valid=[False, False]))
     vocab = 'xxunk xxpad xxbos xxmaj xxup you love this film is not'.split()
     block = TextBlock.from_df('text', seq_len=8, n_workers=0, vocab=vocab)
     ds = DataBlock(block, get_x=ColReader('text'), splitter=ColSplitter('valid')).datasets(df).train
