@@ -2,9 +2,9 @@
 
 Starts with one label per class. photos, sentences, digits: `LabelDiffusion` on embeddings or pixels (see real_data.py). network:
 a network for the digits, trained again in each round with `LPCallback`. All choices of a draw start with the same labels. Each
-line of results/rounds.jsonl has the errors of a draw and a choice after 0 to 5 rounds: on unlabeled items ("unlabeled") and on new
+line of results/rounds/rounds.jsonl has the errors of a draw and a choice after 0 to 5 rounds: on unlabeled items ("unlabeled") and on new
 ones ("new"). Lines that are in the file are skipped. About an hour and a half on one core. `suggest` was chosen on draws from 100
-on, with other photographs. Reproduces results/rounds.jsonl:
+on, with other photographs. Reproduces results/rounds/rounds.jsonl:
 
     FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/rounds.py --data photos,digits --draws 0-19
     FASTAI_LP_DATA=folder OMP_NUM_THREADS=1 python benchmarks/rounds.py --data sentences
@@ -79,7 +79,7 @@ def main(
     draws:str='0-9', # range of the draws of the first labels
     photos:int=10, # seed of the choice of photographs; another for tuning
     cache:str=None, # folder for the embeddings; the folder of the data if not given
-    out:str=str(Path(__file__).parent/'results/rounds.jsonl'), # file of the results
+    out:str=str(Path(__file__).parent/'results/rounds/rounds.jsonl'), # file of the results
 ):
     torch.set_num_threads(1)
     done = {(o['data'], o['draw'], o['choice']) for _, o in read_json_lines(out)} if Path(out).exists() else set()
