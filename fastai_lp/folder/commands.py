@@ -43,7 +43,7 @@ def _say_what_is_new(new, gone, before, file, pseudo_file):
     print(f"{len(changed)} new labels")
     if classes := sorted(set(changed.values()) - {*before.values(), ''}): print(f"New classes: {', '.join(classes)}")
     same, n = agreement(changed, pseudo_file)
-    if n: print(f"{same} of {n} agree with the pseudo-labels of the last run; suggested images are harder than others")
+    if n: print(f"{same} of {n} agree with the pseudo-labels of the last run")
 
 
 def _read_labels(folder, names, out, new_file, unlabeled):
