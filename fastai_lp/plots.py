@@ -111,7 +111,7 @@ def plot_history(
     for ax in (certainty, seconds):
         ax.set_xlabel('epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if seconds.patches: seconds.legend()
+    if seconds.patches: seconds.legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
 # %% ../nbs/01_plots.ipynb #1ff12419
